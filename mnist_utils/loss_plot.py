@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import display
 
-from mnist_utils.plotting import STYLE, plt_dynamic, show
+from mnist_utils.plotting import STYLE, format_seconds, plt_dynamic, show
 from mnist_utils.training import keras  # imported there without its log
 
 BAR_SECONDS = 0.25  # between two redraws of the progress bar
@@ -101,15 +101,3 @@ class DynamicLossPlot(keras.callbacks.Callback):
     def _clear_terminal_bar(self):
         if not self._in_notebook and sys.stdout.isatty():
             print("\r" + " " * 79 + "\r", end="")
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a time in words: "4.2 s", "37 s", "5 min 33 s" or "2 h 5 min"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

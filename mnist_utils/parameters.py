@@ -11,6 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MODELS = ("a1", "a2", "b", "c")
 TRAIN_IMAGES = 60_000
 
+# The rows of the comparison, and what `make run` runs: a notebook and, where a model has
+# parameters of its own, their values.
+SETTINGS = {
+    "a1": ("1_model_a1", {}),
+    "a2": ("2_model_a2", {}),
+    "b": ("3_model_b", {}),
+    "c": ("4_model_c", {"first_kernel_size": 2}),
+    "c7": ("4_model_c", {"first_kernel_size": 7}),
+}
+
 ALLOWED = {
     "epochs": "a whole number of 1 or more",
     "batch_size": "a whole number from 1 to the number of training images",

@@ -146,3 +146,15 @@ def show_mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndar
     titles = [f"is {labels[i]}\nguess {predicted[i]}\n{confidence[i]:.2%}" for i in surest]
     alt = "The most confident mistakes: " + "; ".join(titles).replace("\n", ", ")
     show_digits(images[surest], titles, alt)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in words: "4.2 s", "37 s", "5 min 33 s" or "2 h 5 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

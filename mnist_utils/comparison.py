@@ -1,0 +1,276 @@
+"""Tables and figures over the records of runs; nothing here needs TensorFlow."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from prettytable import PrettyTable
+
+from mnist_utils.parameters import SETTINGS, project_folder
+from mnist_utils.plotting import figure, show, show_digits
+from mnist_utils.runs import Run
+
+# What the seed reports: test loss, test accuracy, seconds an epoch on its machine. Its run of
+# C had a first layer of 7x7, so that of 2x2 has no figures.
+SEED_REPORTED = {
+    "a1": (0.0433, 0.9894, 137),
+    "a2": (0.0512, 0.9853, 108),
+    "b": (0.0154, 0.9951, 1004),
+    "c7": (0.0361, 0.9907, 650),
+}
+REFERENCE = {
+    "epochs": 10,
+    "batch_size": 256,
+    "seed": 0,
+    "train_samples": None,
+    "dataset": "mnist",
+    "precision": "float32",
+}
+TITLES = {"a1": "CNN A.1", "a2": "CNN A.2", "b": "CNN B", "c": "CNN C", "c7": "CNN C, 7X7 first"}
+NOT_RUN = "not run yet"
+
+
+def reference_folder() -> Path:
+    """Return the folder of the committed reference runs."""
+    return project_folder() / "results"
+
+
+def setting_of(run: Run) -> str | None:
+    """Return the setting that a run belongs to, such as "a1" or "c7"; None for any other."""
+    model, parameters = run.record.model, run.record.run.model_dump()
+    for setting, (notebook, own) in SETTINGS.items():
+        if notebook.endswith(f"_{model}") and all(parameters.get(k) == v for k, v in own.items()):
+            return setting
+    return None
+
+
+def reference_runs(runs: Iterable[Run]) -> dict[str, Run]:
+    """Return the reference run of each setting that has one, in the order of SETTINGS."""
+    found = {}
+    for run in runs:
+        parameters = run.record.run.model_dump()
+        if all(parameters[name] == value for name, value in REFERENCE.items()):
+            found[setting_of(run)] = run
+    return {setting: found[setting] for setting in SETTINGS if setting in found}
+
+
+def kernel_text(sizes: list[list[int]]) -> str:
+    """Return kernel sizes in the seed's words: "3X3 for 4th and 6th layer 2X2 for rest"."""
+    names = [f"{height}X{width}" for height, width in sizes]
+    if len(set(names)) == 1:
+        return f"{names[0]} for all"
+    rest = Counter(names).most_common(1)[0][0]
+    parts = []
+    for name in dict.fromkeys(names):
+        if name != rest:
+            places = [_ordinal(i) for i, other in enumerate(names, 1) if other == name]
+            parts.append(f"{name} for {' and '.join(places)} layer")
+    return " ".join([*parts, f"{rest} for rest"])
+
+
+def _ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number, "th")
+    return f"{number}{ending}"
+
+
+def seed_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTable:
+    """Return the seed's table: its nine columns, a row for each run.
+
+    ``missing`` are settings that have no run; their rows say so, and with which command to run
+    them.
+    """
+    table = PrettyTable(
+        [
+            "Model",
+            "Convolution Layers",
+            "Kernel Size",
+            "Max pool",
+            "Padding",
+            "Dropout",
+            "Batch Normalization",
+            "test loss",
+            "test accuracy (%)",
+        ]
+    )
+    for run in runs:
+        architecture = run.record.architecture
+        flags = (
+            architecture.max_pool,
+            architecture.padding,
+            architecture.dropout,
+            architecture.batch_normalization,
+        )
+        table.add_row(
+            [
+                title_of(run),
+                architecture.conv_layers,
+                kernel_text(architecture.kernel_sizes),
+                *("Yes" if flag else "No" for flag in flags),
+                f"{run.record.test_loss:.4f}",
+                percent(run.record.test_accuracy),
+            ]
+        )
+    for setting in missing:
+        table.add_row([TITLES[setting], *[""] * 6, NOT_RUN, f"make run MODELS={setting}"])
+    return table
+
+
+def by_parameters(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Return runs in groups of the same parameters, in the order of SETTINGS, under a title.
+
+    The title is the seed's, with what differs from the reference runs. A model's own
+    parameters do not split a group.
+    """
+    order = list(SETTINGS)
+    groups = {}
+    for run in sorted(runs, key=lambda run: order.index(setting_of(run) or order[-1])):
+        parameters = run.record.run.model_dump()
+        title = f"Epoch : {parameters['epochs']} and Batch Size : {parameters['batch_size']}"
+        for name in ("train_samples", "dataset", "precision", "seed"):
+            if parameters[name] != REFERENCE[name]:
+                title += f", {name} {parameters[name]}"
+        groups.setdefault(title, []).append(run)
+    return groups
+
+
+def reported_table(references: dict[str, Run]) -> PrettyTable:
+    """Return the seed's reported figures beside those of the reference runs."""
+    table = PrettyTable(
+        ["Model", "loss, seed", "loss, here", "accuracy (%), seed", "accuracy (%), here"]
+    )
+    for setting in SETTINGS:
+        loss, accuracy, _ = SEED_REPORTED.get(setting, (None, None, None))
+        run = references.get(setting)
+        table.add_row(
+            [
+                TITLES[setting],
+                "-" if loss is None else f"{loss:.4f}",
+                f"{run.record.test_loss:.4f}" if run else NOT_RUN,
+                "-" if accuracy is None else percent(accuracy),
+                percent(run.record.test_accuracy) if run else NOT_RUN,
+            ]
+        )
+    return table
+
+
+def cost_table(references: dict[str, Run]) -> PrettyTable:
+    """Return what each model costs: parameters, multiply-adds an image, and time."""
+    table = PrettyTable(
+        [
+            "Model",
+            "parameters",
+            "multiply-adds an image",
+            "seconds an epoch, seed",
+            "seconds an epoch, here",
+            "minutes in all, here",
+        ]
+    )
+    for setting in SETTINGS:
+        seed_seconds = SEED_REPORTED[setting][2] if setting in SEED_REPORTED else "-"
+        if setting not in references:
+            table.add_row([TITLES[setting], "", "", seed_seconds, NOT_RUN, ""])
+            continue
+        record = references[setting].record
+        table.add_row(
+            [
+                TITLES[setting],
+                f"{record.architecture.parameters:,}",
+                f"{record.architecture.macs:,}",
+                seed_seconds,
+                f"{median(record.seconds_per_epoch):.1f}",
+                f"{sum(record.seconds_per_epoch) / 60:.1f}",
+            ]
+        )
+    table.align = "r"
+    table.align["Model"] = "l"
+    return table
+
+
+def title_of(run: Run) -> str:
+    """Return the name under which a run is shown; a model's own parameters tell it apart."""
+    setting = setting_of(run)
+    if setting:
+        return TITLES[setting]
+    own = ", ".join(f"{name} {value}" for name, value in run.record.run.model_extra.items())
+    return f"{run.record.title}, {own}" if own else run.record.title
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as per cent with two decimals: 0.9894 is "98.94"."""
+    return f"{100 * fraction:.2f}"
+
+
+def reference_sentence(run: Run) -> str:
+    """Return what a reference run reached and cost, as the notebooks' first screens say it."""
+    record = run.record
+    return (
+        f"test accuracy {percent(record.test_accuracy)} %, test loss {record.test_loss:.4f}, "
+        f"{median(record.seconds_per_epoch):.0f} s an epoch and "
+        f"{sum(record.seconds_per_epoch) / 60:.0f} min in all on {record.environment['cores']} "
+        "processor cores"
+    )
+
+
+def show_validation_losses(references: dict[str, Run]) -> None:
+    """Show the validation loss of each reference run over the epochs."""
+    with figure(size=(9, 4)) as (fig, ax):
+        for setting, run in references.items():
+            losses = run.record.history.val_loss
+            ax.plot(range(1, len(losses) + 1), losses, marker=".", label=TITLES[setting])
+        ax.set_xlabel("epoch")
+        ax.set_ylabel("Categorical Crossentropy Loss, validation")
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:.2f}")
+        ax.yaxis.set_minor_formatter("{x:.2f}")
+        ax.grid(visible=True, which="both")
+        if references:
+            ax.legend()
+        show(fig, "Validation loss of each model over the epochs")
+
+
+def show_accuracy_against_cost(references: dict[str, Run], own: list[Run]) -> None:
+    """Show test accuracy against training time: reference runs filled, a reader's own hollow."""
+    with figure(size=(9, 4)) as (fig, ax):
+        points = [(run, TITLES[setting], "tab:blue") for setting, run in references.items()]
+        points += [(run, f"yours: {title_of(run)}", "none") for run in own]
+        for run, label, fill in points:
+            minutes = sum(run.record.seconds_per_epoch) / 60
+            accuracy = 100 * run.record.test_accuracy
+            ax.scatter(minutes, accuracy, s=50, facecolors=fill, edgecolors="tab:blue", zorder=3)
+            ax.annotate(label, (minutes, accuracy), xytext=(7, 5), textcoords="offset points")
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.margins(x=0.25, y=0.2)
+        ax.set_xlabel("training time in minutes")
+        ax.set_ylabel("test accuracy (%)")
+        ax.grid(visible=True, which="both")
+        show(fig, "Test accuracy of each model against its training time")
+
+
+def show_most_missed(references: dict[str, Run], images: np.ndarray) -> None:
+    """Show the ten test digits that most of the models miss, with what they took them for.
+
+    ``images`` are the test images, (n, 28, 28), in the order of the records' predictions.
+    """
+    if not references:
+        print("No reference run yet.")
+        return
+    predictions = [run.predictions() for run in references.values()]
+    labels = predictions[0]["labels"]
+    guesses = np.stack([arrays["predicted"] for arrays in predictions])
+    misses = (guesses != labels).sum(axis=0)
+    most = np.argsort(-misses, kind="stable")[:10]
+    most = most[misses[most] > 0]
+    titles = [f"is {labels[i]}\n{_guesses_text(guesses[:, i], labels[i])}" for i in most]
+    print(f"How many of the {len(references)} models miss each of these:", *misses[most])
+    alt = "The test digits that most models miss: " + "; ".join(titles).replace("\n", ", ")
+    show_digits(images[most], titles, alt)
+
+
+def _guesses_text(guesses: np.ndarray, label: int) -> str:
+    """Return the wrong guesses, the most frequent first: "8 8 8 2"."""
+    wrong = Counter(int(guess) for guess in guesses if guess != label)
+    return " ".join(str(guess) for guess, count in wrong.most_common() for _ in range(count))
