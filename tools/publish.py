@@ -1,0 +1,150 @@
+"""Publish the reference runs: from runs/ into results/, the notebooks and the README.
+
+Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.py
+
+Takes each run with the reference parameters that the present code cells made. Its record and
+predictions go to results/, its outputs into the notebook, its figures into the prose. Last, the
+comparison is executed over results/ alone, and its table and figure go into the README.
+"""
+
+import base64
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+
+from mnist_utils.comparison import TITLES, reference_runs, reference_sentence, seed_table
+from mnist_utils.headless import code_sha256
+from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import RECORD_FILE, Run, load_runs
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+README_FIGURE = RESULTS / "accuracy_and_time.png"
+
+
+def main() -> None:
+    for setting, run in reference_runs(load_runs(ROOT / "runs")[0]).items():
+        publish_run(setting, run)
+    references = reference_runs(load_runs(RESULTS)[0])
+    for name in sorted({name for name, _ in SETTINGS.values()}):
+        settings = [s for s, (notebook, _) in SETTINGS.items() if notebook == name]
+        write_sentence(
+            ROOT / f"notebooks/{name}.ipynb",
+            {s: references[s] for s in settings if s in references},
+        )
+    publish_comparison()
+    write_readme(references)
+
+
+def publish_run(setting: str, run: Run) -> None:
+    """Copy a run to results/, and its outputs into the notebook if it ran with the defaults."""
+    path = ROOT / f"notebooks/{SETTINGS[setting][0]}.ipynb"
+    notebook = nbformat.read(path, 4)
+    if run.record.code_sha256 != code_sha256(notebook):
+        print(f"{setting}: left out, other code cells made it")
+        return
+    folder = RESULTS / run.folder.parent.name / run.folder.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in (RECORD_FILE, run.record.predictions.file):
+        shutil.copy(run.folder / file, folder)
+    executed = clean(nbformat.read(run.folder / "executed.ipynb", 4))
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells):
+        write_notebook(executed, folder / "executed.ipynb")
+    else:
+        take_outputs(notebook, executed)
+        write_notebook(notebook, path)
+    print(f"{setting}: published")
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take papermill's metadata out of a notebook."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+    notebook.metadata.language_info = {"name": "python"}
+    return notebook
+
+
+def take_outputs(notebook, executed) -> None:
+    """Put the outputs of an executed copy into a notebook with the same code cells."""
+    targets, sources = (
+        [cell for cell in nb.cells if cell.cell_type == "code"] for nb in (notebook, executed)
+    )
+    for target, source in zip(targets, sources, strict=True):
+        target.outputs = source.outputs
+        target.execution_count = source.execution_count
+
+
+def write_sentence(path: Path, references: dict[str, Run]) -> None:
+    """Write what the reference runs reached into a notebook's first screen."""
+    notebook = nbformat.read(path, 4)
+    parts = [
+        f"{TITLES[setting] + ': ' if len(references) > 1 else ''}{reference_sentence(run)}"
+        for setting, run in references.items()
+    ]
+    sentence = "; ".join(parts) or "not run yet"
+    cell = notebook.cells[0]
+    cell.source = re.sub(
+        r"^\*\*Reference run.*$", f"**Reference run**: {sentence}.", cell.source, flags=re.MULTILINE
+    )
+    write_notebook(notebook, path)
+
+
+def publish_comparison() -> None:
+    """Execute the comparison over results/ alone: a reader's own runs stay out of it."""
+    path = ROOT / "notebooks/6_comparison.ipynb"
+    with tempfile.TemporaryDirectory() as temporary:
+        for folder in ("mnist_utils", "results"):
+            (Path(temporary) / folder).symlink_to(ROOT / folder)
+        (Path(temporary) / "notebooks").mkdir()
+        executed = papermill.execute_notebook(
+            path,
+            None,
+            cwd=Path(temporary) / "notebooks",
+            progress_bar=False,
+            coalesce_streams=True,
+        )
+    notebook = nbformat.read(path, 4)
+    take_outputs(notebook, clean(executed))
+    write_notebook(notebook, path)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}) and "accuracy" in output.data["text/plain"]:
+                README_FIGURE.write_bytes(base64.b64decode(output.data["image/png"]))
+
+
+def write_readme(references: dict[str, Run]) -> None:
+    """Write the seed's table, from the records, between the README's markers."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    begin, end = "<!-- comparison: written by tools/publish.py -->\n", "<!-- end -->"
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(
+        before + begin + markdown_table(references) + end + after, encoding="utf-8", newline="\n"
+    )
+
+
+def markdown_table(references: dict[str, Run]) -> str:
+    """Return the seed's table in Markdown."""
+    missing = [setting for setting in SETTINGS if setting not in references]
+    table = seed_table(references.values(), missing)
+    rows = [table.field_names, ["---"] * len(table.field_names), *table.rows]
+    return "".join(f"| {' | '.join(str(value) for value in row)} |\n" for row in rows)
+
+
+def write_notebook(notebook, path: Path) -> None:
+    nbformat.validate(notebook)
+    nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    main()
