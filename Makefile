@@ -1,0 +1,59 @@
+# Every target sets up what it needs in .venv. The two that a newcomer needs: make run, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+MODELS ?= a2 a1 c c7 b
+PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
+	$(if $(BATCH_SIZE),-p 'batch_size=$(BATCH_SIZE)') \
+	$(if $(SEED),-p 'seed=$(SEED)') \
+	$(if $(TRAIN_SAMPLES),-p 'train_samples=$(TRAIN_SAMPLES)') \
+	$(if $(PRECISION),-p 'precision=$(PRECISION)') \
+	$(if $(DATASET),-p 'dataset=$(DATASET)') \
+	$(if $(RESULTS_DIR),--results-dir '$(RESULTS_DIR)')
+
+.PHONY: help setup run quick jupyter test lint lock clean
+
+help:
+	@echo 'make run      train every model by papermill, then compare them (some 100 minutes)'
+	@echo '              also: EPOCHS= BATCH_SIZE= SEED= TRAIN_SAMPLES= PRECISION= DATASET='
+	@echo '              RESULTS_DIR= MODELS="a1 a2 b c c7"'
+	@echo 'make quick    the same on 1,000 images and 2 epochs (under 5 minutes)'
+	@echo 'make jupyter  open the notebooks in JupyterLab'
+	@echo 'make test     run the tests'
+	@echo 'make lint     check style and format'
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, for TensorFlow; name one with PYTHON=python3.13")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+run: $(INSTALLED)
+	@$(BIN)/python -m mnist_utils run --models $(MODELS) $(PARAMETERS)
+
+quick: EPOCHS := 2
+quick: TRAIN_SAMPLES := 1000
+quick: run
+
+jupyter: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Pins what pyproject.toml allows, for every Python that it allows; needs uv.
+lock:
+	uv pip compile --universal --python-version 3.10 --extra dev --no-annotate --no-header \
+		--output-file requirements.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) build *.egg-info
