@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from prettytable import PrettyTable
 
 from mnist_utils.parameters import SETTINGS, project_folder
@@ -222,9 +223,9 @@ def show_validation_losses(references: dict[str, Run]) -> None:
         ax.set_xlabel("epoch")
         ax.set_ylabel("Categorical Crossentropy Loss, validation")
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:.2f}")
-        ax.yaxis.set_minor_formatter("{x:.2f}")
-        ax.grid(visible=True, which="both")
+        _plain_log_ticks(ax.yaxis)
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        ax.grid(visible=True)
         if references:
             ax.legend()
         show(fig, "Validation loss of each model over the epochs")
@@ -241,13 +242,19 @@ def show_accuracy_against_cost(references: dict[str, Run], own: list[Run]) -> No
             ax.scatter(minutes, accuracy, s=50, facecolors=fill, edgecolors="tab:blue", zorder=3)
             ax.annotate(label, (minutes, accuracy), xytext=(7, 5), textcoords="offset points")
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("{x:g}")
-        ax.margins(x=0.25, y=0.2)
+        _plain_log_ticks(ax.xaxis)
+        ax.margins(x=0.2, y=0.2)
         ax.set_xlabel("training time in minutes")
         ax.set_ylabel("test accuracy (%)")
-        ax.grid(visible=True, which="both")
+        ax.grid(visible=True)
         show(fig, "Test accuracy of each model against its training time")
+
+
+def _plain_log_ticks(axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of each decade, in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def show_most_missed(references: dict[str, Run], images: np.ndarray) -> None:

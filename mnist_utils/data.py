@@ -95,7 +95,10 @@ def _read_array(archive, array_name: str, name: str) -> np.ndarray:
             f"it must have {', '.join(SHA256)}."
         )
     try:
-        return archive[array_name]
+        array = archive[array_name]
+        if isinstance(array, np.ndarray):
+            return array
+        found = "is no array"
     except ValueError as error:
         found = "holds pickled objects" if "pickle" in str(error).lower() else "cannot be read"
     except Exception:  # what a damaged archive raises: zlib.error, BadZipFile, EOFError, ...

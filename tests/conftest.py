@@ -1,0 +1,106 @@
+"""What the tests share: small real data, and each notebook executed once by papermill."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+
+from mnist_utils.data import balanced_subset, load_mnist
+from mnist_utils.headless import code_sha256
+from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import CODE_VARIABLE, load_runs
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+MODEL_NOTEBOOKS = sorted({name for name, _ in SETTINGS.values()})
+SMALL = {"epochs": 2, "batch_size": 64, "seed": 3}
+
+
+def write_npz(path: Path, arrays: dict) -> Path:
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def output_text(notebook) -> str:
+    """Return everything that a notebook printed."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def execute(name: str, output: Path, **parameters):
+    """Execute a notebook by papermill, from the repository's root."""
+    return papermill.execute_notebook(
+        NOTEBOOKS / f"{name}.ipynb", output, parameters, cwd=ROOT, progress_bar=False
+    )
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    return load_mnist()
+
+
+@pytest.fixture(scope="session")
+def small_arrays(mnist):
+    """600 training and 200 test images of the real MNIST, as many of each digit."""
+    (x_train, y_train), (x_test, y_test) = mnist
+    train, test = balanced_subset(y_train, 600, seed=1), balanced_subset(y_test, 200, seed=1)
+    return {
+        "x_train": x_train[train],
+        "y_train": y_train[train],
+        "x_test": x_test[test],
+        "y_test": y_test[test],
+    }
+
+
+@pytest.fixture(scope="session")
+def small_mnist(small_arrays, tmp_path_factory) -> Path:
+    return write_npz(tmp_path_factory.mktemp("data") / "small.npz", small_arrays)
+
+
+class Executed:
+    """A notebook that was executed, and the run that it saved."""
+
+    def __init__(self, setting, path, folder):
+        self.setting, self.path = setting, path
+        self.notebook = nbformat.read(path, 4)
+        runs, problems = load_runs(folder)
+        assert problems == []
+        (self.run,) = runs
+        self.record = self.run.record
+
+
+@pytest.fixture(scope="session")
+def executed(small_mnist, tmp_path_factory):
+    """Return a function that executes a setting's notebook once and gives what came of it."""
+    done = {}
+
+    def execute_setting(setting: str, **changed) -> Executed:
+        key = (setting, *sorted(changed.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp(setting)
+            name, own = SETTINGS[setting]
+            parameters = SMALL | own | {"dataset": str(small_mnist)} | changed
+            parameters["results_dir"] = str(folder / "runs")
+            source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(CODE_VARIABLE, code_sha256(source))
+                execute(name, folder / "executed.ipynb", **parameters)
+            done[key] = Executed(setting, folder / "executed.ipynb", folder / "runs")
+        return done[key]
+
+    return execute_setting
+
+
+def python(*arguments) -> list[str]:
+    """Return the command that runs this Python with arguments."""
+    return [sys.executable, *map(str, arguments)]

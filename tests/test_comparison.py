@@ -1,0 +1,109 @@
+"""The comparison's tables, from records."""
+
+import subprocess
+
+import pytest
+from conftest import ROOT, python
+
+from mnist_utils.comparison import (
+    by_parameters,
+    cost_table,
+    kernel_text,
+    reference_runs,
+    reported_table,
+    seed_table,
+    setting_of,
+    show_most_missed,
+)
+from mnist_utils.parameters import SETTINGS
+
+SEED_COLUMNS = [
+    "Model",
+    "Convolution Layers",
+    "Kernel Size",
+    "Max pool",
+    "Padding",
+    "Dropout",
+    "Batch Normalization",
+    "test loss",
+    "test accuracy (%)",
+]
+# The seed's own rows, but for the name and the two results.
+SEED_ROWS = {
+    "a1": [3, "3X3 for all", "Yes", "No", "No", "No"],
+    "a2": [3, "3X3 for all", "Yes", "Yes", "Yes", "Yes"],
+    "b": [5, "5X5 for all", "Yes", "Yes", "Yes", "Yes"],
+    "c": [7, "3X3 for 4th and 6th layer 2X2 for rest", "Yes", "Yes", "Yes", "Yes"],
+    "c7": [
+        7,
+        "7X7 for 1st layer 3X3 for 4th and 6th layer 2X2 for rest",
+        "Yes",
+        "Yes",
+        "Yes",
+        "Yes",
+    ],
+}
+
+
+def test_kernel_sizes_are_told_in_the_seeds_words():
+    sizes = [[2, 2], [2, 2], [2, 2], [3, 3], [2, 2], [3, 3], [2, 2]]
+    assert kernel_text(sizes) == "3X3 for 4th and 6th layer 2X2 for rest"
+    assert kernel_text([[5, 5]] * 5) == "5X5 for all"
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_fills_the_seeds_row(setting, executed):
+    run = executed(setting).run
+    table = seed_table([run])
+    assert table.field_names == SEED_COLUMNS
+    ((_, *row, loss, accuracy),) = table.rows
+    assert row == SEED_ROWS[setting]
+    assert loss == f"{run.record.test_loss:.4f}"
+    assert accuracy == f"{100 * run.record.test_accuracy:.2f}"
+    assert setting_of(run) == setting
+
+
+def test_a_model_without_a_run_shows_as_not_run_yet_with_its_command():
+    table = seed_table([], missing=SETTINGS)
+    assert [row[-2:] for row in table.rows] == [
+        ["not run yet", f"make run MODELS={setting}"] for setting in SETTINGS
+    ]
+    for other in (reported_table({}), cost_table({})):
+        assert len(other.rows) == len(SETTINGS)
+        assert all("not run yet" in row for row in other.rows)
+
+
+def test_runs_with_other_parameters_are_never_in_one_table(executed):
+    runs = [executed("a1").run, executed("a2").run, executed("a2", seed=4).run]
+    groups = by_parameters(runs)
+    assert [[setting_of(run) for run in group] for group in groups.values()] == [
+        ["a1", "a2"],
+        ["a2"],
+    ]
+    for title, seed in zip(groups, (3, 4), strict=True):
+        assert title.startswith("Epoch : 2 and Batch Size : 64, dataset small-")
+        assert title.endswith(f"seed {seed}")
+
+
+def test_only_runs_with_the_reference_parameters_are_references(executed):
+    assert reference_runs([executed("a1").run]) == {}
+
+
+def test_the_most_missed_digits_are_those_that_most_models_miss(executed, mnist, capsys):
+    runs = {setting: executed(setting).run for setting in SETTINGS}
+    wrong = sum(
+        (arrays["predicted"] != arrays["labels"]).astype(int)
+        for arrays in (run.predictions() for run in runs.values())
+    )
+    show_most_missed(runs, mnist[1][0])
+    shown = capsys.readouterr().out.splitlines()[0]
+    counts = sorted(wrong, reverse=True)[:10]
+    assert shown == "How many of the 5 models miss each of these: " + " ".join(map(str, counts))
+
+
+def test_the_comparison_does_not_import_tensorflow():
+    code = (
+        "import sys, mnist_utils.comparison, mnist_utils.data;"
+        "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    )
+    subprocess.run(python("-c", code), cwd=ROOT, check=True)

@@ -1,0 +1,164 @@
+"""What is committed: the notebooks' outputs, the reference records, and what prose quotes."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, code_cells, python
+
+from mnist_utils.comparison import reference_runs, reference_sentence
+from mnist_utils.headless import code_sha256
+from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import load_runs
+
+ALL_NOTEBOOKS = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(ROOT.glob("results/*/*/*.ipynb"))]
+RUNS, PROBLEMS = load_runs(ROOT / "results")
+REFERENCES = reference_runs(RUNS)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def publish_tool():
+    spec = importlib.util.spec_from_file_location("publish", ROOT / "tools/publish.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_setting_has_its_reference_run():
+    assert PROBLEMS == []
+    assert list(REFERENCES) == list(SETTINGS)
+
+
+@pytest.mark.parametrize("path", ALL_NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_committed_notebook_is_executed_in_order_and_clean(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert [o for o in outputs if "image/png" in o.get("data", {})]
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            assert output.metadata["image/png"]["alt"]
+    assert path.stat().st_size < 1_000_000
+    text = path.read_text(encoding="utf-8")
+    assert "papermill" not in notebook.metadata
+    assert '"papermill"' not in text
+    for folder in ("/home/", "/root/", "/tmp/", "/Users/", "/work/", "C:\\\\"):
+        assert folder not in text
+    # No output is longer than a screen.
+    for output in outputs:
+        assert output.get("text", "").count("\n") <= 40
+
+
+@pytest.mark.parametrize("setting", REFERENCES)
+def test_a_reference_run_is_made_by_the_present_code_and_architecture(setting, executed):
+    reference, name = REFERENCES[setting].record, SETTINGS[setting][0]
+    assert reference.code_sha256 == code_sha256(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4))
+    assert reference.architecture == executed(setting).record.architecture
+
+
+@pytest.mark.parametrize("setting", REFERENCES)
+def test_a_reference_records_numbers_are_those_of_its_predictions(setting, mnist):
+    arrays = REFERENCES[setting].predictions()
+    np.testing.assert_array_equal(arrays["labels"], mnist[1][1])
+    accuracy = (arrays["predicted"] == arrays["labels"]).mean()
+    record = REFERENCES[setting].record
+    assert accuracy == pytest.approx(record.test_accuracy, abs=1e-6)
+    assert record.history.val_accuracy[-1] == pytest.approx(record.test_accuracy, abs=1e-6)
+    # The probabilities are stored with three digits; the loss they give is nearly the same.
+    true = arrays["probabilities"][np.arange(10_000), arrays["labels"]].astype(float)
+    losses = -np.log(np.clip(true, 6e-8, 1))
+    assert losses.mean() == pytest.approx(record.test_loss, rel=0.05)
+
+
+@pytest.mark.parametrize("setting", REFERENCES)
+def test_the_notebook_shows_the_reference_run(setting):
+    run, name = REFERENCES[setting], SETTINGS[setting][0]
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    assert reference_sentence(run) in notebook.cells[0].source
+    copy = run.folder / "executed.ipynb"
+    shown = nbformat.read(copy, 4) if copy.exists() else notebook
+    text = "".join(o.get("text", "") for c in code_cells(shown) for o in c.outputs)
+    assert f"Test loss: {run.record.test_loss:.4f}\n" in text
+    assert f"Test accuracy: {run.record.test_accuracy:.4f}\n" in text
+    assert f"val_loss {run.record.history.val_loss[0]:.4f}" in text
+
+
+@pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
+def test_the_parameter_counts_in_prose_are_those_of_the_records(name):
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    quoted = re.findall(r"([\d,]{6,}) parameters|or ([\d,]{6,}) with", notebook.cells[0].source)
+    built = {
+        f"{run.record.architecture.parameters:,}"
+        for setting, run in REFERENCES.items()
+        if SETTINGS[setting][0] == name
+    }
+    assert built <= {number for pair in quoted for number in pair if number}
+
+
+def test_the_readme_quotes_the_records():
+    assert publish_tool().markdown_table(REFERENCES) in README
+    assert (ROOT / "results/accuracy_and_time.png").stat().st_size < 300_000
+
+
+def test_the_readme_names_every_parameter_and_every_make_variable():
+    makefile = (ROOT / "Makefile").read_text()
+    parameters = re.findall(r"^(\w+) = ", parameters_cell("4_model_c"), re.MULTILINE)
+    for name in [*parameters, *re.findall(r"\$\(if \$\((\w+)\)", makefile)]:
+        assert f"`{name}`" in README
+
+
+def parameters_cell(name):
+    cells = code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4))
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return cell.source
+
+
+def test_the_links_in_readme_and_notebooks_lead_somewhere():
+    sources = {ROOT: README}
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        cells = nbformat.read(path, 4).cells
+        sources[path] = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    for place, text in sources.items():
+        folder = place if place.is_dir() else place.parent
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (folder / link).exists(), f"{place.name}: {link}"
+
+
+def test_the_comparison_gives_the_committed_outputs_again(tmp_path):
+    # Strictly, but over results/ alone: a reader's own runs would be shown as well.
+    for folder in ("mnist_utils", "results"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(NOTEBOOKS / "6_comparison.ipynb", tmp_path / "notebooks")
+    done = subprocess.run(
+        python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "notebooks"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_workflow_follows_the_schema_of_github():
+    subprocess.run(
+        python(
+            *("-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"),
+            *ROOT.glob(".github/workflows/*.yml"),
+        ),
+        check=True,
+    )
+
+
+def test_code_and_notebooks_are_linted_and_formatted():
+    ruff = os.path.join(os.path.dirname(sys.executable), "ruff")
+    subprocess.run([ruff, "check", ROOT], check=True)
+    subprocess.run([ruff, "format", "--check", ROOT], check=True)
