@@ -79,8 +79,7 @@ def _ordinal(number: int) -> str:
 def seed_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTable:
     """Return the seed's table: its nine columns, a row for each run.
 
-    ``missing`` are settings that have no run; their rows say so, and with which command to run
-    them.
+    ``missing`` are settings that have no run; their rows say so, and which command runs them.
     """
     table = PrettyTable(
         [
@@ -115,6 +114,21 @@ def seed_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTable:
         )
     for setting in missing:
         table.add_row([TITLES[setting], *[""] * 6, NOT_RUN, f"make run MODELS={setting}"])
+    return table
+
+
+def own_table(runs: Iterable[Run], references: dict[str, Run]) -> PrettyTable:
+    """Return the seed's table for a reader's own runs, the reference runs' results beside it."""
+    runs = list(runs)
+    table = seed_table(runs)
+    beside = [references.get(setting_of(run)) for run in runs]
+    table.add_column(
+        "reference loss", [f"{run.record.test_loss:.4f}" if run else "-" for run in beside]
+    )
+    table.add_column(
+        "reference accuracy (%)",
+        [percent(run.record.test_accuracy) if run else "-" for run in beside],
+    )
     return table
 
 

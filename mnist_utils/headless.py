@@ -14,12 +14,14 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from mnist_utils.comparison import by_parameters, reference_folder, reference_runs, seed_table
+from mnist_utils.comparison import by_parameters, own_table, reference_folder, reference_runs
+from mnist_utils.data import load_mnist
 from mnist_utils.parameters import (
     SETTINGS,
     TRAIN_IMAGES,
     InputError,
     Parameters,
+    check_batch_size,
     check_parameters,
     project_folder,
     results_folder,
@@ -81,6 +83,12 @@ def make_task(setting: str, given: dict) -> Task:
     return Task(setting, notebook, given, parameters, code_sha256(nbformat.read(notebook, 4)))
 
 
+def check_dataset(parameters: Parameters) -> None:
+    """Raise InputError for a data set that no notebook could train on with these parameters."""
+    (x_train, _), _ = load_mnist(parameters.dataset, parameters.train_samples, parameters.seed)
+    check_batch_size(parameters.batch_size, len(x_train))
+
+
 def notebook_path(name: str) -> Path:
     """Return the path of a notebook; raise InputError where there is no checkout."""
     path = project_folder() / "notebooks" / f"{name}.ipynb"
@@ -111,6 +119,7 @@ def run_all(settings: list[str], given: dict) -> int:
     InputError for a bad parameter, before anything runs.
     """
     tasks = [make_task(setting, given) for setting in settings]
+    check_dataset(tasks[0].parameters)
     clock = Clock(tasks)
     failed = []
     for number, task in enumerate(tasks, 1):
@@ -147,8 +156,9 @@ def run_comparison(given: dict) -> list[str]:
     if problem:
         print(f"{COMPARISON}: FAILED: {problem}", flush=True)
         return [COMPARISON]
+    references = reference_runs(load_runs(reference_folder())[0])
     for title, runs in by_parameters(load_runs(folder)[0]).items():
-        print(title, seed_table(runs), sep="\n")
+        print(title, own_table(runs, references), sep="\n")
     print("The executed comparison:", folder / COMPARISON / "executed.ipynb", flush=True)
     return []
 

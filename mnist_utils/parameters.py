@@ -107,10 +107,14 @@ def check_counts(parameters: Parameters) -> None:
     if samples is not None and samples > TRAIN_IMAGES:
         allowed = f"None (all images) or a whole number from 1 to {TRAIN_IMAGES}"
         raise refusal("train_samples", samples, allowed)
-    images = samples or TRAIN_IMAGES
-    if parameters.batch_size > images:
+    check_batch_size(parameters.batch_size, samples or TRAIN_IMAGES)
+
+
+def check_batch_size(batch_size: int, images: int) -> None:
+    """Raise InputError for a batch larger than the number of training images."""
+    if batch_size > images:
         allowed = f"a whole number from 1 to the number of training images, {images}"
-        raise refusal("batch_size", parameters.batch_size, allowed)
+        raise refusal("batch_size", batch_size, allowed)
 
 
 def dataset_name(dataset: str) -> str:

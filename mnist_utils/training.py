@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from mnist_utils.parameters import ALLOWED, InputError, refusal
+from mnist_utils.parameters import ALLOWED, InputError, check_batch_size, refusal
 
 
 @contextmanager
@@ -73,9 +73,8 @@ def make_batches(x, y, batch_size: int, shuffle_seed: int | None = None) -> tf.d
     fixes; without it they stay in order. Raises InputError for a ``batch_size`` above the
     number of images that are to be shuffled.
     """
-    if shuffle_seed is not None and batch_size > len(x):
-        allowed = f"a whole number from 1 to the number of training images, {len(x)}"
-        raise refusal("batch_size", batch_size, allowed)
+    if shuffle_seed is not None:
+        check_batch_size(batch_size, len(x))
     with tf.device("CPU"):
         x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
         # Indices are shuffled and a whole batch is gathered at once: much cheaper than a

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import nbformat
+import papermill
 import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, python, write_npz
@@ -51,22 +53,37 @@ def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist,
         assert (folder / "metrics.json").stat().st_mtime_ns == written
 
 
-def test_a_failing_notebook_is_named_and_the_others_go_on(small_arrays, tmp_path):
-    # Only the notebook finds out that the batch is larger than this data set.
-    dataset = write_npz(
-        tmp_path / "tiny.npz",
-        small_arrays | {name: small_arrays[name][:32] for name in ("x_train", "y_train")},
+def test_a_failing_notebook_is_named_and_the_others_go_on(small_mnist, tmp_path):
+    # The notebooks refuse any backend but TensorFlow; nothing before them looks at it.
+    done = subprocess.run(
+        command(tmp_path, small_mnist, "a1", "a2"),
+        cwd=ROOT,
+        env=os.environ | {"KERAS_BACKEND": "numpy"},
+        capture_output=True,
+        text=True,
     )
-    done = run(tmp_path / "runs", dataset, "a1", "a2")
     assert done.returncode == 1
     for setting in ("a1", "a2"):
         (line,) = re.findall(rf"^\[./2\] {setting}: FAILED .*$", done.stdout, re.MULTILINE)
-        assert "InputError: batch_size is 64; it must be a whole number from 1 to the" in line
+        assert "InputError: KERAS_BACKEND is 'numpy'; it must be 'tensorflow' here." in line
         copy = re.search(r"executed copy: (\S+)$", line)[1]
         assert copy.endswith("failed.ipynb")
         assert os.path.isfile(copy)
     assert "2 failed: a1, a2" in done.stderr
-    assert load_runs(tmp_path / "runs") == ([], [])
+    assert load_runs(tmp_path) == ([], [])
+
+
+def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, tmp_path):
+    tiny = small_arrays | {name: small_arrays[name][:32] for name in ("x_train", "y_train")}
+    wrong = small_arrays | {"x_test": small_arrays["x_test"] / 255}
+    for arrays, message in (
+        (tiny, "batch_size is 64; it must be a whole number from 1 to the number of training"),
+        (wrong, "x_test is float64; it must be uint8."),
+    ):
+        done = run(tmp_path / "runs", write_npz(tmp_path / "bad.npz", arrays), "a1", "a2")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def start_and_wait_for_training(results, dataset):
@@ -119,6 +136,24 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_goes_on(sent, small_mni
     ((found,), problems) = load_runs(tmp_path)
     assert problems == []
     assert found.record.run.epochs == 1
+
+
+def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp_path):
+    prepared, executed = tmp_path / "prepared.ipynb", tmp_path / "executed.ipynb"
+    papermill.execute_notebook(
+        NOTEBOOKS / "2_model_a2.ipynb",
+        prepared,
+        {"epochs": 2, "batch_size": 64, "dataset": str(small_mnist), "results_dir": str(tmp_path)},
+        prepare_only=True,
+    )
+    subprocess.run(
+        python("-m", "nbconvert", "--execute", "--to", "notebook", "--output", executed, prepared),
+        cwd=ROOT,
+        check=True,
+    )
+    (cell,) = [c for c in nbformat.read(executed, 4).cells if "model.fit(" in c.source]
+    assert len([o for o in cell.outputs if "image/png" in o.get("data", {})]) == 1
+    assert "".join(o.text for o in cell.outputs if "text" in o).count("Epoch ") == 2
 
 
 def test_a_run_of_other_code_cells_is_run_again(executed, small_mnist):

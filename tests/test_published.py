@@ -92,16 +92,63 @@ def test_the_notebook_shows_the_reference_run(setting):
     assert f"val_loss {run.record.history.val_loss[0]:.4f}" in text
 
 
+# Numbers in the notebooks' prose that no output shows, each with where it comes from.
+FACTS = {
+    "60000": "training images",
+    "10000": "test images",
+    "100": "per cent",
+    "255": "largest pixel",
+    "5000": "an example",
+    "7744": 11 * 11 * 64,
+    "800": 5 * 5 * 32,
+    "784": 28 * 28,
+    "256": "batch size",
+}
+
+
 @pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
-def test_the_parameter_counts_in_prose_are_those_of_the_records(name):
+def test_the_numbers_in_prose_are_those_of_the_outputs(name):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
-    quoted = re.findall(r"([\d,]{6,}) parameters|or ([\d,]{6,}) with", notebook.cells[0].source)
-    built = {
-        f"{run.record.architecture.parameters:,}"
-        for setting, run in REFERENCES.items()
-        if SETTINGS[setting][0] == name
-    }
-    assert built <= {number for pair in quoted for number in pair if number}
+    settings = [s for s, (notebook_name, _) in SETTINGS.items() if notebook_name == name]
+    records = [REFERENCES[setting].record for setting in settings]
+    known = set(FACTS) | {str(record.architecture.parameters) for record in records}
+    known.add(str(abs(records[0].architecture.parameters - records[-1].architecture.parameters)))
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            known.update(re.findall(r"\d+", re.sub(r"\x1b\[[\d;]*m|,", "", text)))
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            prose = re.sub(r"\*\*Reference run\*\*.*|https?://\S+|`[^`]*`", "", cell.source)
+            for number in re.findall(r"\d[\d,]*\d\d", prose):
+                assert number.replace(",", "") in known, f"{name}: {number}"
+
+
+def test_what_the_prose_says_of_shares_is_so():
+    a1, a2, b, c, c7 = (REFERENCES[s].record.architecture for s in ("a1", "a2", "b", "c", "c7"))
+    # A.1: nearly all parameters in the first dense layer.
+    assert 495_680 / a1.parameters > 0.95
+    assert a1.parameters - 495_680 - 650 == 23_296
+    # A.2: an eighth of A.1's parameters.
+    assert round(a1.parameters / a2.parameters) == 8
+    # B: fewer parameters than A.1, many more multiplications; its second convolution has a fifth
+    # of the parameters and more than half of the cost.
+    second = 28 * 28 * 25 * 32 * 128
+    assert b.parameters < a1.parameters
+    assert b.macs > 10 * a1.macs
+    assert round(b.parameters / 102_528) == 5
+    assert round(second / 1e6) == 80
+    assert second / b.macs > 0.5
+    assert c7.parameters - c.parameters == 2880
+
+
+def test_the_times_in_the_readme_are_those_of_the_records():
+    minutes = [sum(run.record.seconds_per_epoch) / 60 for run in REFERENCES.values()]
+    (total,) = re.findall(r"then compare them: some (\d+) minutes on two cores", README)
+    assert sum(minutes) == pytest.approx(int(total), rel=0.15)
+    ((least, most),) = re.findall(r"a model takes from (\d+) to (\d+) minutes", README)
+    assert min(minutes) == pytest.approx(int(least), rel=0.25)
+    assert max(minutes) == pytest.approx(int(most), rel=0.25)
 
 
 def test_the_readme_quotes_the_records():
