@@ -13,7 +13,7 @@ PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 	$(if $(DATASET),-p 'dataset=$(DATASET)') \
 	$(if $(RESULTS_DIR),--results-dir '$(RESULTS_DIR)')
 
-.PHONY: help setup run quick jupyter test lint lock clean
+.PHONY: help setup run quick jupyter test test-browser lint lock clean
 
 help:
 	@echo 'make run      train every model by papermill, then compare them (some 100 minutes)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make quick    the same on 1,000 images and 2 epochs (under 5 minutes)'
 	@echo 'make jupyter  open the notebooks in JupyterLab'
 	@echo 'make test     run the tests'
+	@echo 'make test-browser  try the notebooks in JupyterLab, in Chromium'
 	@echo 'make lint     check style and format'
 
 setup: $(INSTALLED)
@@ -45,6 +46,12 @@ jupyter: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-browser: $(INSTALLED)
+	@command -v chromium google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } || \
+		{ echo 'Chromium is needed: install it, on Debian with: apt-get install chromium' >&2; exit 1; }
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,249 @@
+"""The notebooks in a real JupyterLab, in a real browser: make test-browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import MODEL_NOTEBOOKS, ROOT, python
+from playwright.sync_api import sync_playwright
+
+from mnist_utils.runs import load_runs
+
+pytestmark = pytest.mark.browser
+
+SCREENSHOTS = ROOT / "browser-screenshots"
+EPOCHS = 6
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def project(small_mnist, tmp_path_factory) -> Path:
+    """A copy of the project whose notebooks train on little data."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("mnist_utils", "results"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    small = {"epochs": EPOCHS, "batch_size": 64, "dataset": str(small_mnist)}
+    for name in MODEL_NOTEBOOKS:
+        path = folder / f"notebooks/{name}.ipynb"
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                for parameter, value in small.items():
+                    cell.source = re.sub(
+                        rf"^{parameter} = .*$", f"{parameter} = {value!r}", cell.source, flags=re.M
+                    )
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(project, tmp_path_factory):
+    """The address of a JupyterLab server over the copy."""
+    home = tmp_path_factory.mktemp("home")
+    process = subprocess.Popen(
+        python(
+            *("-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"),
+            *("--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=test"),
+            f"--ServerApp.root_dir={project}",
+        ),
+        env=os.environ
+        | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield _address(process, home)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _address(process, runtime: Path) -> str:
+    """Wait until the server has said where it listens and answers there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended"
+        for path in runtime.glob("jpserver-*.json"):
+            try:
+                address = json.loads(path.read_text())["url"]
+                urllib.request.urlopen(f"{address}api").close()
+                return address
+            except (OSError, ValueError):  # not whole, or not listening, yet
+                pass
+        time.sleep(0.2)
+    raise AssertionError("the server did not start in two minutes")
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    SCREENSHOTS.mkdir(exist_ok=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
+        page = browser.new_page(viewport={"width": 1366, "height": 900})  # a laptop's
+        yield page
+        browser.close()
+
+
+def open_notebook(page, server, name: str) -> None:
+    page.goto(f"{server}lab/tree/notebooks/{name}.ipynb?token=test&reset")
+    page.wait_for_function(
+        """() => {
+            const panel = window.jupyterapp?.shell?.currentWidget;
+            return panel?.sessionContext?.session?.kernel?.status === 'idle'
+                && panel.content.widgets.length > 5;
+        }""",
+        timeout=120_000,
+    )
+
+
+def run_all(page) -> None:
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+
+
+def show_cell(page, index: int) -> None:
+    """Bring a cell to the window's top, as a reader who scrolls to it does."""
+    page.evaluate(
+        """async (index) => {
+            const notebook = window.jupyterapp.shell.currentWidget.content;
+            notebook.activeCellIndex = index;
+            await notebook.scrollToItem(index, 'start');
+        }""",
+        index,
+    )
+
+
+def cell_outputs(page) -> list[list[dict]]:
+    """Return the outputs of each cell as JupyterLab holds them."""
+    return page.evaluate(
+        """() => window.jupyterapp.shell.currentWidget.content.widgets.map(
+            cell => cell.model.type === 'code' ? cell.model.outputs.toJSON() : [])"""
+    )
+
+
+def cell_index(project, name: str, text: str) -> int:
+    cells = nbformat.read(project / f"notebooks/{name}.ipynb", 4).cells
+    return next(i for i, c in enumerate(cells) if c.cell_type == "code" and text in c.source)
+
+
+def wait_until_done(page) -> None:
+    page.wait_for_function(
+        """() => {
+            const panel = window.jupyterapp.shell.currentWidget;
+            const code = panel.content.widgets.filter(cell => cell.model.type === 'code');
+            const failed = code.some(cell => cell.model.outputs.toJSON().some(
+                output => output.output_type === 'error'));
+            return failed || (panel.sessionContext.session.kernel.status === 'idle'
+                && code.every(cell => cell.model.executionCount));
+        }""",
+        timeout=300_000,
+    )
+
+
+def take_pictures(page, name: str, indices: list[int]) -> None:
+    """Keep what a reader sees of these cells, in the light and in the dark theme."""
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        page.evaluate(
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme
+        )
+        page.wait_for_timeout(1000)
+        for index in indices:
+            show_cell(page, index)
+            page.wait_for_timeout(500)
+            shade = theme.split()[1].lower()
+            page.screenshot(path=SCREENSHOTS / f"{name}-{index:02d}-{shade}.png")
+
+
+# Notes at every change of the page, however fast, what a reader sees of the training cell.
+WATCH_TRAINING = """() => {
+    const seen = {picturesWhileTraining: [], mostPicturesAtOnce: 0, bars: []};
+    window.seen = seen;
+    const add = (list, value) => { if (!list.includes(value)) list.push(value); };
+    new MutationObserver(() => {
+        const cell = [...document.querySelectorAll('.jp-Cell')].find(
+            cell => cell.textContent.includes('DynamicLossPlot()'));
+        const output = cell?.querySelector('.jp-Cell-outputArea');
+        if (!output) return;
+        const pictures = [...output.querySelectorAll('img')];
+        seen.mostPicturesAtOnce = Math.max(seen.mostPicturesAtOnce, pictures.length);
+        const bar = output.textContent.match(/Epoch \\d+\\/\\d+ \\[[=.]+\\] +[\\w%]+/);
+        if (bar) {
+            add(seen.bars, bar[0]);
+            pictures.forEach(picture => add(seen.picturesWhileTraining, picture.src));
+        }
+    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+
+
+@pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
+def test_the_loss_is_drawn_in_place_while_the_model_trains(name, page, server, project):
+    open_notebook(page, server, name)
+    training = cell_index(project, name, "model.fit(")
+    show_cell(page, training)
+    page.evaluate(WATCH_TRAINING)
+    run_all(page)
+    wait_until_done(page)
+    seen = page.evaluate("window.seen")
+    # It appeared, and changed at least twice while training ran, in one place.
+    assert len(seen["picturesWhileTraining"]) >= 3
+    assert seen["mostPicturesAtOnce"] == 1
+    assert len(seen["bars"]) >= 2
+
+    outputs = cell_outputs(page)
+    assert not [o for cell in outputs for o in cell if o["output_type"] == "error"]
+    assert not [o for cell in outputs for o in cell if o.get("name") == "stderr"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs[training]) == 1
+    # The epoch lines stand beside the plot, one an epoch, on the page itself.
+    show_cell(page, training)
+    cell = page.locator(".jp-Cell").filter(has_text="DynamicLossPlot()")
+    assert len(re.findall(rf"Epoch \d/{EPOCHS}: loss", cell.inner_text())) == EPOCHS
+    runs, problems = load_runs(project / "runs")
+    assert problems == []
+    assert [run for run in runs if name.endswith(f"_{run.record.model}")]
+    figures = [i for i, cell in enumerate(outputs) if "image/png" in json.dumps(cell)]
+    take_pictures(page, name, [0, *figures])
+
+
+def test_the_comparison_shows_tables_and_figures(page, server, project):
+    open_notebook(page, server, "6_comparison")
+    run_all(page)
+    page.wait_for_timeout(500)
+    wait_until_done(page)
+    outputs = cell_outputs(page)
+    assert not [o for cell in outputs for o in cell if o["output_type"] == "error"]
+    tables = [i for i, cell in enumerate(outputs) if "<table" in json.dumps(cell)]
+    figures = [i for i, cell in enumerate(outputs) if "image/png" in json.dumps(cell)]
+    assert len(tables) >= 4
+    assert len(figures) == 3
+    show_cell(page, tables[0])
+    table = page.locator(".jp-RenderedHTMLCommon table").first
+    table.wait_for()
+    assert "CNN A.1" in table.inner_text()
+    # The widest table fits its place: nothing is cut off or hidden behind a scroll bar.
+    for index in tables:
+        show_cell(page, index)
+        page.wait_for_timeout(300)
+        too_wide = page.evaluate(
+            """() => [...document.querySelectorAll('.jp-RenderedHTMLCommon')].filter(
+                place => place.scrollWidth > place.clientWidth + 1).length"""
+        )
+        assert too_wide == 0
+    take_pictures(page, "6_comparison", [0, *tables, *figures])
