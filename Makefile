@@ -13,7 +13,7 @@ PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 	$(if $(DATASET),-p 'dataset=$(DATASET)') \
 	$(if $(RESULTS_DIR),--results-dir '$(RESULTS_DIR)')
 
-.PHONY: help setup run quick jupyter test test-browser lint lock clean
+.PHONY: help setup run quick jupyter test test-browser lint html links lock clean
 
 help:
 	@echo 'make run      train every model by papermill, then compare them (some 100 minutes)'
@@ -23,6 +23,8 @@ help:
 	@echo 'make jupyter  open the notebooks in JupyterLab'
 	@echo 'make test     run the tests'
 	@echo 'make test-browser  try the notebooks in JupyterLab, in Chromium'
+	@echo 'make html     write the notebooks as a static site, in site/'
+	@echo 'make links    REPO=owner/name: set the public name that badges lead to'
 	@echo 'make lint     check style and format'
 
 setup: $(INSTALLED)
@@ -56,6 +58,12 @@ test-browser: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+html: $(INSTALLED)
+	$(BIN)/python tools/write_html.py
+
+links:
+	@$(PYTHON) tools/links.py '$(REPO)'
 
 # Pins what pyproject.toml allows, for every Python that it allows; needs uv.
 lock:

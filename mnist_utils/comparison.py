@@ -34,8 +34,9 @@ NOT_RUN = "not run yet"
 
 
 def reference_folder() -> Path:
-    """Return the folder of the committed reference runs."""
-    return project_folder() / "results"
+    """Return the folder of the committed reference runs: the checkout's, else the package's."""
+    checkout = project_folder() / "results"
+    return checkout if checkout.is_dir() else Path(__file__).with_name("results")
 
 
 def setting_of(run: Run) -> str | None:

@@ -31,6 +31,10 @@ CHROMIUM_OPTIONS = [
 ]
 
 
+def find_chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
 @pytest.fixture(scope="module")
 def project(small_mnist, tmp_path_factory) -> Path:
     """A copy of the project whose notebooks train on little data."""
@@ -95,9 +99,8 @@ def _address(process, runtime: Path) -> str:
 @pytest.fixture(scope="module")
 def page(server):
     SCREENSHOTS.mkdir(exist_ok=True)
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_OPTIONS)
         page = browser.new_page(viewport={"width": 1366, "height": 900})  # a laptop's
         yield page
         browser.close()

@@ -1,0 +1,28 @@
+"""Set the repository's public name, which badges and first cells lead to.
+
+Usage: make links REPO=owner/name. The name is kept in pyproject.toml, under project.urls; from
+there it goes into the notebooks and the README.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = re.compile(r'^Repository = "https://github\.com/(\S+)"$', re.MULTILINE)
+NAME = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+
+
+def main(new: str) -> None:
+    if not NAME.fullmatch(new):
+        sys.exit(f"REPO is {new!r}; it must be owner/name, as on GitHub.")
+    pyproject = ROOT / "pyproject.toml"
+    old = PUBLIC.search(pyproject.read_text(encoding="utf-8"))[1]
+    for path in (pyproject, ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb"))):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {text.count(old)} places")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "")
