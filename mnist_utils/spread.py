@@ -1,0 +1,204 @@
+"""What several runs of a model say together, and whether two models differ."""
+
+from collections.abc import Iterable
+from itertools import combinations, pairwise
+
+import numpy as np
+from prettytable import PrettyTable
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from mnist_utils.comparison import REFERENCE, TITLES, percent, setting_of
+from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import Run
+
+LEVEL = 0.05
+SEED_RANKING = ("b", "c7", "a1", "a2")  # by the accuracies that the seed reports
+
+
+def over_seeds(runs: Iterable[Run], precision: str = "float32") -> dict[str, list[Run]]:
+    """Return each setting's runs, by seed, that differ from the reference in the seed alone.
+
+    ``precision`` names another group, such as "mixed_bfloat16"; the two are never mixed.
+    """
+    wanted = REFERENCE | {"precision": precision}
+    groups = {}
+    for run in runs:
+        parameters = run.record.run.model_dump()
+        if all(parameters[name] == wanted[name] for name in wanted if name != "seed"):
+            groups.setdefault(setting_of(run), []).append(run)
+    return {
+        setting: sorted(groups[setting], key=lambda run: run.record.run.seed)
+        for setting in SETTINGS
+        if setting in groups
+    }
+
+
+def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
+    """Return, for each setting, n, mean and standard deviation, interval, best and worst.
+
+    The interval holds the mean of all seeds with 95 % confidence, by Student's t; with one run
+    there is neither spread nor interval, and the table says so.
+    """
+    table = PrettyTable(
+        [
+            "Model",
+            "n",
+            "test accuracy (%)",
+            "95 % interval of the mean",
+            "best",
+            "worst",
+            "test loss",
+            "best loss",
+            "worst loss",
+        ]
+    )
+    for setting, runs in groups.items():
+        accuracies = np.array([100 * run.record.test_accuracy for run in runs])
+        losses = np.array([run.record.test_loss for run in runs])
+        table.add_row(
+            [
+                TITLES[setting],
+                len(runs),
+                _mean_and_deviation(accuracies, 2),
+                _interval(accuracies),
+                f"{accuracies.max():.2f}",
+                f"{accuracies.min():.2f}",
+                _mean_and_deviation(losses, 4),
+                f"{losses.min():.4f}",
+                f"{losses.max():.4f}",
+            ]
+        )
+    return table
+
+
+def _mean_and_deviation(values: np.ndarray, digits: int) -> str:
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+
+
+def _interval(values: np.ndarray) -> str:
+    if len(values) == 1:
+        return "one run: not known"
+    if values.std() == 0:
+        return "no spread"
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(1 - LEVEL)
+    return f"{low:.2f} to {high:.2f}"
+
+
+def seed_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
+    """Return for each pair of settings how likely such a difference of means is by chance.
+
+    Welch's t-test over the accuracies of the seeds, for settings with two runs or more, by
+    scipy; corrected for the number of pairs by Holm's method.
+    """
+    several = [setting for setting, runs in groups.items() if len(runs) > 1]
+    p_values = {}
+    for first, second in combinations(several, 2):
+        accuracies = [[run.record.test_accuracy for run in groups[s]] for s in (first, second)]
+        p_values[first, second] = stats.ttest_ind(*accuracies, equal_var=False).pvalue
+    return _corrected(p_values)
+
+
+def image_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
+    """Return for each pair of settings how likely it is that chance alone tells them apart.
+
+    The exact McNemar test over the test images that one model gets right and the other wrong,
+    for the two runs with the lowest seed that both have, by statsmodels; corrected for the
+    number of pairs by Holm's method.
+    """
+    p_values = {}
+    for first, second in combinations(groups, 2):
+        runs = [{run.record.run.seed: run for run in groups[s]} for s in (first, second)]
+        common = sorted(set(runs[0]) & set(runs[1]))
+        if common:
+            table = _agreement(runs[0][common[0]], runs[1][common[0]])
+            p_values[first, second] = mcnemar(table, exact=True).pvalue
+    return _corrected(p_values)
+
+
+def _agreement(first: Run, second: Run) -> np.ndarray:
+    """Return how many images both, only the first, only the second and neither get right."""
+    right = [
+        arrays["predicted"] == arrays["labels"]
+        for arrays in (first.predictions(), second.predictions())
+    ]
+    return np.array(
+        [[np.sum((right[0] == a) & (right[1] == b)) for b in (True, False)] for a in (True, False)]
+    )
+
+
+def _corrected(p_values: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    if not p_values:
+        return {}
+    corrected = multipletests(list(p_values.values()), method="holm")[1]
+    return dict(zip(p_values, map(float, corrected), strict=True))
+
+
+def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
+    """Return a matrix of all pairs: over seeds above the diagonal, over images below it.
+
+    A cell says which model is better, or that no difference is shown, and the corrected p.
+    """
+    over_images, over_the_seeds = image_tests(groups), seed_tests(groups)
+    table = PrettyTable(["", *(TITLES[setting] for setting in groups)])
+    order = list(groups)
+    for row, first in enumerate(order):
+        cells = []
+        for column, second in enumerate(order):
+            if row == column:
+                cells.append(f"n = {len(groups[first])}")
+            elif column > row:
+                cells.append(_verdict(groups, first, second, over_the_seeds.get((first, second))))
+            else:
+                cells.append(_verdict(groups, second, first, over_images.get((second, first)), 1))
+        table.add_row([TITLES[first], *cells])
+    return table
+
+
+def _verdict(groups, first, second, p, count: int | None = None) -> str:
+    """Return the better of two settings, if the test shows one; ``count`` runs are compared."""
+    if p is None:
+        return "n = 1: not known"
+    shown = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+    if p >= LEVEL:
+        return f"no difference shown, {shown}"
+    means = [mean_accuracy(groups[s][:count]) for s in (first, second)]
+    return f"{TITLES[first if means[0] > means[1] else second]}, {shown}"
+
+
+def mean_accuracy(runs: list[Run]) -> float:
+    """Return the mean test accuracy of runs, a fraction."""
+    return float(np.mean([run.record.test_accuracy for run in runs]))
+
+
+def ranking_text(groups: dict[str, list[Run]]) -> str:
+    """Return in words whether the seed's ranking, B > C > A.1 > A.2, stands."""
+    ranking = [setting for setting in SEED_RANKING if setting in groups]
+    over_images, over_the_seeds = image_tests(groups), seed_tests(groups)
+    here = sorted(ranking, key=lambda setting: -mean_accuracy(groups[setting]))
+    lines = [
+        f"The seed's ranking: {' > '.join(TITLES[setting] for setting in SEED_RANKING)}.",
+        "Here, by mean test accuracy: "
+        + " > ".join(f"{TITLES[s]} ({percent(mean_accuracy(groups[s]))} %)" for s in here)
+        + ".",
+    ]
+    for better, worse in pairwise(ranking):
+        pair = tuple(sorted((better, worse), key=list(groups).index))
+        tests = {"seeds": over_the_seeds.get(pair), "test images": over_images.get(pair)}
+        if all(p is None for p in tests.values()):
+            continue
+        shown = [over for over, p in tests.items() if p is not None and p < LEVEL]
+        line = f"{TITLES[better]} over {TITLES[worse]}: "
+        if mean_accuracy(groups[better]) <= mean_accuracy(groups[worse]):
+            line += "not so here; the order is the other way round"
+            line += f" (shown over {' and '.join(shown)})." if shown else ", which may be chance."
+        elif shown:
+            line += f"stands (shown over {' and '.join(shown)})."
+        else:
+            line += "the same order here, but it may be chance."
+        lines.append(line)
+    if any(len(runs) == 1 for runs in groups.values()):
+        lines.append("Some models have one run only: what another seed would give is not known.")
+    return "\n".join(lines)

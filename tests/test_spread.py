@@ -1,0 +1,144 @@
+"""Statistics over runs, on records whose answers are known."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import load_run
+from mnist_utils.spread import (
+    difference_matrix,
+    image_tests,
+    over_seeds,
+    ranking_text,
+    seed_tests,
+    spread_table,
+)
+
+IMAGES = 1000
+
+
+class StandInRun:
+    """A record made from a real one: another seed, and predictions with known errors."""
+
+    def __init__(self, run, seed, wrong, precision="float32"):
+        self.folder = run.folder
+        parameters = run.record.run.model_copy(
+            update={
+                "epochs": 10,
+                "batch_size": 256,
+                "seed": seed,
+                "dataset": "mnist",
+                "precision": precision,
+            }
+        )
+        self.record = run.record.model_copy(
+            update={
+                "run": parameters,
+                "test_accuracy": 1 - len(wrong) / IMAGES,
+                "test_loss": len(wrong) / 1000,
+            }
+        )
+        self.wrong = list(wrong)
+
+    def predictions(self):
+        labels = np.zeros(IMAGES, dtype=np.uint8)
+        predicted = labels.copy()
+        predicted[self.wrong] = 1
+        return {"labels": labels, "predicted": predicted}
+
+
+@pytest.fixture
+def stand_in(executed):
+    return lambda setting, seed, wrong, **changed: StandInRun(
+        load_run(executed(setting).run.folder), seed, wrong, **changed
+    )
+
+
+def test_only_runs_that_differ_in_the_seed_alone_are_put_together(stand_in, executed):
+    runs = [
+        stand_in("a1", 1, range(10)),
+        stand_in("a1", 0, range(20)),
+        stand_in("a1", 0, range(5), precision="mixed_bfloat16"),
+        stand_in("c7", 0, range(3)),
+        executed("a1").run,  # of two epochs, on other data
+    ]
+    groups = over_seeds(runs)
+    assert {s: [run.record.run.seed for run in group] for s, group in groups.items()} == {
+        "a1": [0, 1],
+        "c7": [0],
+    }
+    assert list(over_seeds(runs, precision="mixed_bfloat16")) == ["a1"]
+
+
+def test_the_table_shows_n_mean_deviation_and_the_interval_by_students_t(stand_in):
+    errors = [10, 20, 30, 20, 20]
+    runs = [stand_in("a1", seed, range(count)) for seed, count in enumerate(errors)]
+    ((_, n, mean, interval, best, worst, *_),) = spread_table(over_seeds(runs)).rows
+    accuracies = 100 - np.array(errors) / 10
+    half = stats.t.ppf(0.975, df=4) * accuracies.std(ddof=1) / np.sqrt(5)
+    assert (n, mean) == (5, "98.00 ± 0.71")
+    assert interval == f"{98 - half:.2f} to {98 + half:.2f}"
+    assert (best, worst) == ("99.00", "97.00")
+
+
+def test_one_run_has_no_spread(stand_in):
+    table = spread_table(over_seeds([stand_in("a1", 0, range(10))]))
+    ((_, n, mean, interval, *_),) = table.rows
+    assert (n, mean, interval) == (1, "99.00", "one run: not known")
+    groups = over_seeds([stand_in("a1", 0, range(10)), stand_in("a2", 0, range(20))])
+    assert seed_tests(groups) == {}
+    assert "n = 1: not known" in str(difference_matrix(groups))
+    assert "one run only" in ranking_text(groups)
+
+
+def test_the_image_test_is_mcnemars_exact_one_and_corrected_for_the_pairs(stand_in):
+    groups = over_seeds(
+        [
+            stand_in("a1", 0, range(10)),
+            stand_in("a2", 0, range(2, 10)),  # right on 2 more, wrong on none more
+            stand_in("b", 0, range(30, 60)),  # 30 others
+        ]
+    )
+    raw = {
+        ("a1", "a2"): stats.binomtest(0, 2).pvalue,
+        ("a1", "b"): stats.binomtest(10, 40).pvalue,
+        ("a2", "b"): stats.binomtest(8, 38).pvalue,
+    }
+    # Holm: the smallest p three times, the next twice, the largest once, never falling.
+    expected = {
+        ("a2", "b"): 3 * raw["a2", "b"],
+        ("a1", "b"): 2 * raw["a1", "b"],
+        ("a1", "a2"): raw["a1", "a2"],
+    }
+    assert expected["a2", "b"] < expected["a1", "b"]
+    assert image_tests(groups) == pytest.approx(expected)
+
+
+def test_the_seed_test_tells_apart_what_differs_and_only_that(stand_in):
+    def runs(setting, errors):
+        return [stand_in(setting, seed, range(count)) for seed, count in enumerate(errors)]
+
+    groups = over_seeds(
+        runs("a1", [20, 22, 19, 21]) + runs("a2", [21, 20, 22, 20]) + runs("b", [5, 6, 4, 5])
+    )
+    p_values = seed_tests(groups)
+    assert p_values["a1", "b"] < 0.001
+    assert p_values["a1", "a2"] > 0.3
+    text = str(difference_matrix(groups))
+    assert "CNN B, p < 0.001" in text
+    assert "no difference shown" in text
+
+
+def test_the_ranking_is_answered_in_words(stand_in):
+    order = [("b", 5), ("c7", 6), ("a2", 40), ("a1", 80)]
+    runs = [stand_in(setting, 0, range(count)) for setting, count in order]
+    assert set(dict(order)) < set(SETTINGS)
+    text = ranking_text(over_seeds(runs))
+    assert "CNN B (99.50 %) > CNN C, 7X7 first (99.40 %) > CNN A.2 (96.00 %)" in text
+    assert "CNN B over CNN C, 7X7 first: the same order here, but it may be chance." in text
+    assert "CNN C, 7X7 first over CNN A.1: stands (shown over test images)." in text
+    assert (
+        "CNN A.1 over CNN A.2: not so here; the order is the other way round "
+        "(shown over test images)." in text
+    )
