@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-MODELS ?= a2 a1 c c7 b
 PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 	$(if $(BATCH_SIZE),-p 'batch_size=$(BATCH_SIZE)') \
 	$(if $(SEED),-p 'seed=$(SEED)') \
@@ -37,7 +36,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 run: $(INSTALLED)
-	@$(BIN)/python -m mnist_utils run --models $(MODELS) $(PARAMETERS)
+	@$(BIN)/python -m mnist_utils run $(if $(MODELS),--models $(MODELS)) $(PARAMETERS)
 
 quick: EPOCHS := 2
 quick: TRAIN_SAMPLES := 1000
@@ -50,7 +49,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 test-browser: $(INSTALLED)
-	@command -v chromium google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } || \
 		{ echo 'Chromium is needed: install it, on Debian with: apt-get install chromium' >&2; exit 1; }
 	$(BIN)/python -m pytest -m browser tests/browser

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_parameter(text: str) -> tuple[str, object]:
-    """Return the name and value of "name=value", read as papermill's -p reads it."""
+    """Return the name and value of "name=value": None, true, false, a number or a text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise InputError(f"-p is {text!r}; it must be NAME=VALUE, such as epochs=2.")

@@ -10,12 +10,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from prettytable import PrettyTable
 
 from mnist_utils.parameters import SETTINGS, project_folder
-from mnist_utils.plotting import figure, show, show_digits
+from mnist_utils.plotting import BLUE, figure, show, show_digits
 from mnist_utils.runs import Run
 
-# What the seed reports: test loss, test accuracy, seconds an epoch on its machine. Its run of
-# C had a first layer of 7x7, so that of 2x2 has no figures.
-SEED_REPORTED = {
+# What the original notebook reports: test loss, test accuracy, seconds an epoch on its machine.
+# Its run of C had a first layer of 7x7, so that of 2x2 has no figures.
+ORIGINAL = {
     "a1": (0.0433, 0.9894, 137),
     "a2": (0.0512, 0.9853, 108),
     "b": (0.0154, 0.9951, 1004),
@@ -29,7 +29,6 @@ REFERENCE = {
     "dataset": "mnist",
     "precision": "float32",
 }
-TITLES = {"a1": "CNN A.1", "a2": "CNN A.2", "b": "CNN B", "c": "CNN C", "c7": "CNN C, 7X7 first"}
 NOT_RUN = "not run yet"
 
 
@@ -41,15 +40,19 @@ def reference_folder() -> Path:
 
 def setting_of(run: Run) -> str | None:
     """Return the setting that a run belongs to, such as "a1" or "c7"; None for any other."""
-    model, parameters = run.record.model, run.record.run.model_dump()
-    for setting, (notebook, own) in SETTINGS.items():
-        if notebook.endswith(f"_{model}") and all(parameters.get(k) == v for k, v in own.items()):
-            return setting
+    parameters = run.record.run.model_dump()
+    for key, setting in SETTINGS.items():
+        own = setting.own.items()
+        if setting.model == run.record.model and all(parameters.get(k) == v for k, v in own):
+            return key
     return None
 
 
 def reference_runs(runs: Iterable[Run]) -> dict[str, Run]:
-    """Return the reference run of each setting that has one, in the order of SETTINGS."""
+    """Return, in the order of SETTINGS, the run of each with the parameters of the reference.
+
+    Of several the last counts: a reader's own run, put first, stands in where there is no other.
+    """
     found = {}
     for run in runs:
         parameters = run.record.run.model_dump()
@@ -59,8 +62,10 @@ def reference_runs(runs: Iterable[Run]) -> dict[str, Run]:
 
 
 def kernel_text(sizes: list[list[int]]) -> str:
-    """Return kernel sizes in the seed's words: "3X3 for 4th and 6th layer 2X2 for rest"."""
+    """Return kernel sizes in the original's words: "3X3 for 4th and 6th layer 2X2 for rest"."""
     names = [f"{height}X{width}" for height, width in sizes]
+    if not names:
+        return "-"
     if len(set(names)) == 1:
         return f"{names[0]} for all"
     rest = Counter(names).most_common(1)[0][0]
@@ -77,8 +82,8 @@ def _ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-def seed_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTable:
-    """Return the seed's table: its nine columns, a row for each run.
+def summary_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTable:
+    """Return the original's summary table: its nine columns, a row for each run.
 
     ``missing`` are settings that have no run; their rows say so, and which command runs them.
     """
@@ -114,14 +119,14 @@ def seed_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTable:
             ]
         )
     for setting in missing:
-        table.add_row([TITLES[setting], *[""] * 6, NOT_RUN, f"make run MODELS={setting}"])
+        table.add_row([SETTINGS[setting].title, *[""] * 6, NOT_RUN, f"make run MODELS={setting}"])
     return table
 
 
 def own_table(runs: Iterable[Run], references: dict[str, Run]) -> PrettyTable:
-    """Return the seed's table for a reader's own runs, the reference runs' results beside it."""
+    """Return the summary table of a reader's own runs, the reference runs' results beside it."""
     runs = list(runs)
-    table = seed_table(runs)
+    table = summary_table(runs)
     beside = [references.get(setting_of(run)) for run in runs]
     table.add_column(
         "reference loss", [f"{run.record.test_loss:.4f}" if run else "-" for run in beside]
@@ -136,7 +141,7 @@ def own_table(runs: Iterable[Run], references: dict[str, Run]) -> PrettyTable:
 def by_parameters(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Return runs in groups of the same parameters, in the order of SETTINGS, under a title.
 
-    The title is the seed's, with what differs from the reference runs. A model's own
+    The title is the original's, with what differs from the reference runs. A model's own
     parameters do not split a group.
     """
     order = list(SETTINGS)
@@ -152,16 +157,16 @@ def by_parameters(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def reported_table(references: dict[str, Run]) -> PrettyTable:
-    """Return the seed's reported figures beside those of the reference runs."""
+    """Return the original's reported figures beside those of the reference runs."""
     table = PrettyTable(
-        ["Model", "loss, seed", "loss, here", "accuracy (%), seed", "accuracy (%), here"]
+        ["Model", "loss, original", "loss, here", "accuracy (%), original", "accuracy (%), here"]
     )
     for setting in SETTINGS:
-        loss, accuracy, _ = SEED_REPORTED.get(setting, (None, None, None))
+        loss, accuracy, _ = ORIGINAL.get(setting, (None, None, None))
         run = references.get(setting)
         table.add_row(
             [
-                TITLES[setting],
+                SETTINGS[setting].title,
                 "-" if loss is None else f"{loss:.4f}",
                 f"{run.record.test_loss:.4f}" if run else NOT_RUN,
                 "-" if accuracy is None else percent(accuracy),
@@ -178,23 +183,23 @@ def cost_table(references: dict[str, Run]) -> PrettyTable:
             "Model",
             "parameters",
             "multiply-adds an image",
-            "seconds an epoch, seed",
+            "seconds an epoch, original",
             "seconds an epoch, here",
             "minutes in all, here",
         ]
     )
     for setting in SETTINGS:
-        seed_seconds = SEED_REPORTED[setting][2] if setting in SEED_REPORTED else "-"
+        original_seconds = ORIGINAL[setting][2] if setting in ORIGINAL else "-"
         if setting not in references:
-            table.add_row([TITLES[setting], "", "", seed_seconds, NOT_RUN, ""])
+            table.add_row([SETTINGS[setting].title, "", "", original_seconds, NOT_RUN, ""])
             continue
         record = references[setting].record
         table.add_row(
             [
-                TITLES[setting],
+                SETTINGS[setting].title,
                 f"{record.architecture.parameters:,}",
                 f"{record.architecture.macs:,}",
-                seed_seconds,
+                original_seconds,
                 f"{median(record.seconds_per_epoch):.1f}",
                 f"{sum(record.seconds_per_epoch) / 60:.1f}",
             ]
@@ -208,7 +213,7 @@ def title_of(run: Run) -> str:
     """Return the name under which a run is shown; a model's own parameters tell it apart."""
     setting = setting_of(run)
     if setting:
-        return TITLES[setting]
+        return SETTINGS[setting].title
     own = ", ".join(f"{name} {value}" for name, value in run.record.run.model_extra.items())
     return f"{run.record.title}, {own}" if own else run.record.title
 
@@ -234,7 +239,7 @@ def show_validation_losses(references: dict[str, Run]) -> None:
     with figure(size=(9, 4)) as (fig, ax):
         for setting, run in references.items():
             losses = run.record.history.val_loss
-            ax.plot(range(1, len(losses) + 1), losses, marker=".", label=TITLES[setting])
+            ax.plot(range(1, len(losses) + 1), losses, marker=".", label=SETTINGS[setting].title)
         ax.set_xlabel("epoch")
         ax.set_ylabel("Categorical Crossentropy Loss, validation")
         ax.set_yscale("log")
@@ -247,14 +252,23 @@ def show_validation_losses(references: dict[str, Run]) -> None:
 
 
 def show_accuracy_against_cost(references: dict[str, Run], own: list[Run]) -> None:
-    """Show test accuracy against training time: reference runs filled, a reader's own hollow."""
+    """Show test accuracy against training time: reference runs filled, a reader's own hollow.
+
+    Own runs far below the worst reference would squeeze all others into one line; they are
+    counted instead.
+    """
+    accuracies = [100 * run.record.test_accuracy for run in references.values()]
+    lowest = min(accuracies, default=0) - 1
+    shown = [run for run in own if 100 * run.record.test_accuracy >= lowest]
+    if len(shown) < len(own):
+        print(f"{len(own) - len(shown)} of your runs are below {lowest:.1f} % and not shown.")
+    points = [(run, SETTINGS[setting].title, BLUE) for setting, run in references.items()]
+    points += [(run, f"yours: {title_of(run)}", "none") for run in shown]
     with figure(size=(9, 4)) as (fig, ax):
-        points = [(run, TITLES[setting], "tab:blue") for setting, run in references.items()]
-        points += [(run, f"yours: {title_of(run)}", "none") for run in own]
         for run, label, fill in points:
             minutes = sum(run.record.seconds_per_epoch) / 60
             accuracy = 100 * run.record.test_accuracy
-            ax.scatter(minutes, accuracy, s=50, facecolors=fill, edgecolors="tab:blue", zorder=3)
+            ax.scatter(minutes, accuracy, s=50, facecolors=fill, edgecolors=BLUE, zorder=3)
             ax.annotate(label, (minutes, accuracy), xytext=(7, 5), textcoords="offset points")
         ax.set_xscale("log")
         _plain_log_ticks(ax.xaxis)
@@ -286,6 +300,9 @@ def show_most_missed(references: dict[str, Run], images: np.ndarray) -> None:
     misses = (guesses != labels).sum(axis=0)
     most = np.argsort(-misses, kind="stable")[:10]
     most = most[misses[most] > 0]
+    if len(most) == 0:
+        print("No model misses any of the test images.")
+        return
     titles = [f"is {labels[i]}\n{_guesses_text(guesses[:, i], labels[i])}" for i in most]
     print(f"How many of the {len(references)} models miss each of these:", *misses[most])
     alt = "The test digits that most models miss: " + "; ".join(titles).replace("\n", ", ")

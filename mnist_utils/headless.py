@@ -12,13 +12,13 @@ from statistics import median
 
 import nbformat
 import papermill
+from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 
 from mnist_utils.comparison import by_parameters, own_table, reference_folder, reference_runs
 from mnist_utils.data import load_mnist
 from mnist_utils.parameters import (
     SETTINGS,
-    TRAIN_IMAGES,
     InputError,
     Parameters,
     check_batch_size,
@@ -27,34 +27,37 @@ from mnist_utils.parameters import (
     results_folder,
 )
 from mnist_utils.plotting import format_seconds
-from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs, run_folder
+from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
 
-SMALLEST_FIRST = ("a2", "a1", "c", "c7", "b")
+# A model that is added later comes after these.
+SMALLEST_FIRST = sorted(SETTINGS, key=["a2", "a1", "c", "c7", "b", *SETTINGS].index)
 COMPARISON = "6_comparison"
+EXECUTED = "executed.ipynb"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run that is wanted: a setting's notebook with checked parameters."""
+    """One run that is wanted: a setting's notebook, as it is now, with checked parameters."""
 
     setting: str
-    notebook: Path
+    notebook: nbformat.NotebookNode
     given: dict
     parameters: Parameters
-    code: str
 
     @property
     def folder(self) -> Path:
-        return run_folder(self.parameters)
+        return self.parameters.run_folder()
 
     def finished_run(self) -> Run | None:
         """Return the run if it is recorded, by these code cells and with these parameters."""
+        code = code_sha256(self.notebook)
         try:
             run = load_run(self.folder)
             run.predictions()
-        except InputError:
+            executed = nbformat.read(self.folder / EXECUTED, 4)
+        except (InputError, OSError, ValueError):
             return None
-        return run if run.record.code_sha256 == self.code else None
+        return run if run.record.code_sha256 == code == code_sha256(executed) else None
 
 
 def make_task(setting: str, given: dict) -> Task:
@@ -64,37 +67,38 @@ def make_task(setting: str, given: dict) -> Task:
     """
     if setting not in SETTINGS:
         raise InputError(f"models has {setting!r}; it must be some of {', '.join(SETTINGS)}.")
-    name, own = SETTINGS[setting]
-    notebook = notebook_path(name)
+    name, _, own = SETTINGS[setting]
+    path = notebook_path(name)
     defaults = {
         key: ast.literal_eval(parameter["default"])
-        for key, parameter in papermill.inspect_notebook(str(notebook)).items()
+        for key, parameter in papermill.inspect_notebook(str(path)).items()
     }
-    unknown = sorted(set(given) - set(defaults))
-    if unknown:
-        raise InputError(
-            f"{unknown[0]} is not a parameter of {name}; it has {', '.join(defaults)}."
-        )
+    for key, value in given.items():
+        if key not in defaults:
+            raise InputError(f"{key} is not a parameter of {name}; it has {', '.join(defaults)}.")
+        if own.get(key, value) not in (value, defaults[key]):
+            raise InputError(f"{key} is {value!r}; for {setting} it must be {own[key]!r}.")
     # The notebook is told only what differs, so that its own defaults stay visible in it.
     wanted = {**own, **given}
     given = {key: value for key, value in wanted.items() if value != defaults[key]}
-    model = name.split("_")[-1]
-    parameters = check_parameters(model, **{**defaults, **wanted})
-    return Task(setting, notebook, given, parameters, code_sha256(nbformat.read(notebook, 4)))
-
-
-def check_dataset(parameters: Parameters) -> None:
-    """Raise InputError for a data set that no notebook could train on with these parameters."""
-    (x_train, _), _ = load_mnist(parameters.dataset, parameters.train_samples, parameters.seed)
-    check_batch_size(parameters.batch_size, len(x_train))
+    parameters = check_parameters(SETTINGS[setting].model, **{**defaults, **wanted})
+    return Task(setting, read_notebook(path), given, parameters)
 
 
 def notebook_path(name: str) -> Path:
     """Return the path of a notebook; raise InputError where there is no checkout."""
     path = project_folder() / "notebooks" / f"{name}.ipynb"
     if not path.is_file():
-        raise InputError("There is no folder notebooks/ here; run this in the checkout's root.")
+        raise InputError(f"There is no notebooks/{name}.ipynb here; run this in the checkout.")
     return path
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook; raise InputError when it is none."""
+    try:
+        return nbformat.read(path, 4)
+    except Exception as error:  # nbformat raises its own for each fault
+        raise InputError(f"{path}: {first_line(error)}.") from None
 
 
 def code_sha256(notebook: nbformat.NotebookNode) -> str:
@@ -118,9 +122,11 @@ def run_all(settings: list[str], given: dict) -> int:
     What is recorded is kept, a notebook that fails is named and the others go on. Raises
     InputError for a bad parameter, before anything runs.
     """
-    tasks = [make_task(setting, given) for setting in settings]
-    check_dataset(tasks[0].parameters)
-    clock = Clock(tasks)
+    tasks = [make_task(setting, given) for setting in dict.fromkeys(settings)]
+    clock = Clock(tasks, count_images(tasks[0].parameters))
+    if given:
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        print(f"Parameters: {shown}; the others as in the notebooks.", flush=True)
     failed = []
     for number, task in enumerate(tasks, 1):
         head = f"[{number}/{len(tasks)}] {task.setting}:"
@@ -130,16 +136,16 @@ def run_all(settings: list[str], given: dict) -> int:
             continue
         print(head, f"training; {clock.left()} for all", flush=True)
         began = time.perf_counter()
-        problem = execute(task.notebook, task.given, task.folder, task.code)
+        problem = execute(task.notebook, task.given, task.folder)
         seconds = time.perf_counter() - began
-        if problem is None and not task.finished_run():
-            problem = "the notebook ran, but left no record"
-        if problem:
+        run = task.finished_run()
+        if problem or not run:
+            problem = problem or "The notebook ran, but left no record."
             failed.append(task.setting)
             print(head, f"FAILED after {format_seconds(seconds)}: {problem}", flush=True)
             clock.skip(task)
             continue
-        accuracy = task.finished_run().record.test_accuracy
+        accuracy = run.record.test_accuracy
         print(head, f"test accuracy {accuracy:.2%} in {format_seconds(seconds)}", flush=True)
         clock.done(task, seconds)
     failed += run_comparison(given)
@@ -148,33 +154,56 @@ def run_all(settings: list[str], given: dict) -> int:
     return 1 if failed else 0
 
 
+def count_images(parameters: Parameters) -> int:
+    """Return the number of training images; raise InputError for data none could train on."""
+    (x_train, _), _ = load_mnist(parameters.dataset, parameters.train_samples, parameters.seed)
+    check_batch_size(parameters.batch_size, len(x_train))
+    return len(x_train)
+
+
 def run_comparison(given: dict) -> list[str]:
-    """Run the comparison over the results so far and print where it is; return what failed."""
-    folder = results_folder(given.get("results_dir"))
+    """Run the comparison over the results so far, print its table; return what failed."""
+    results = results_folder(given.get("results_dir"))
     own = {key: value for key, value in given.items() if key == "results_dir"}
-    problem = execute(notebook_path(COMPARISON), own, folder / COMPARISON, "")
+    problem = execute(read_notebook(notebook_path(COMPARISON)), own, results / COMPARISON)
     if problem:
         print(f"{COMPARISON}: FAILED: {problem}", flush=True)
         return [COMPARISON]
     references = reference_runs(load_runs(reference_folder())[0])
-    for title, runs in by_parameters(load_runs(folder)[0]).items():
-        print(title, own_table(runs, references), sep="\n")
-    print("The executed comparison:", folder / COMPARISON / "executed.ipynb", flush=True)
+    runs, problems = load_runs(results)
+    for title, group in by_parameters(runs).items():
+        print(title, own_table(group, references), sep="\n")
+    print(*(f"Left out: {problem}\n" for problem in problems), sep="", end="")
+    print("The executed comparison:", results / COMPARISON / EXECUTED, flush=True)
     return []
 
 
-def execute(notebook: Path, given: dict, folder: Path, code: str) -> str | None:
-    """Run one notebook by papermill; return None, or in a sentence what went wrong.
+def execute(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str | None:
+    """Run a notebook by papermill; return None, or in a sentence what went wrong.
 
-    The executed notebook is kept in ``folder``: executed.ipynb, or failed.ipynb. While it runs
-    it is executing.ipynb, so a killed run leaves nothing that could be taken for a whole one.
+    The executed copy is kept in ``folder``: executed.ipynb, or failed.ipynb. While it runs it is
+    executing.ipynb, so a killed run leaves nothing that could be taken for a whole one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    executing = folder / "executing.ipynb"
-    os.environ[CODE_VARIABLE] = code
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The lock goes with its process, however that ends.
+        with FileLock(folder / ".lock", timeout=0):
+            return _execute_locked(notebook, given, folder)
+    except Timeout:
+        return f"Another process is running it in {folder}."
+    except OSError as error:
+        return f"{first_line(error)}."
+
+
+def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str | None:
+    executing, executed, failed = (
+        folder / name for name in ("executing.ipynb", EXECUTED, "failed.ipynb")
+    )
+    executed.unlink(missing_ok=True)
+    os.environ[CODE_VARIABLE] = code_sha256(notebook)
     try:
         papermill.execute_notebook(
-            notebook,
+            nbformat.from_dict(notebook),
             executing,
             parameters=given,
             progress_bar=False,
@@ -182,26 +211,25 @@ def execute(notebook: Path, given: dict, folder: Path, code: str) -> str | None:
             coalesce_streams=True,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
-    except PapermillExecutionError as error:
-        kept = executing.replace(folder / "failed.ipynb")
-        return f"{_first_line(error)} Its executed copy: {kept}"
-    except OSError as error:
-        return f"{error.strerror}: {error.filename}"
-    except RuntimeError as error:  # nbclient: the kernel died, for example for lack of memory
-        if executing.exists():
-            executing = executing.replace(folder / "failed.ipynb")
-        return f"{str(error).splitlines()[0]}. Its executed copy: {executing}"
+    except Exception as error:  # an error in a cell, a dead kernel, a full disk, ...
+        if not executing.exists():
+            return f"{first_line(error)}."
+        executing.replace(failed)
+        return f"{first_line(error)}. Its executed copy: {failed}"
     finally:
         del os.environ[CODE_VARIABLE]
-    executing.replace(folder / "executed.ipynb")
-    (folder / "failed.ipynb").unlink(missing_ok=True)
+    executing.replace(executed)
+    failed.unlink(missing_ok=True)
     return None
 
 
-def _first_line(error: PapermillExecutionError) -> str:
-    """Return the error as one line: its type, and the first line of its message."""
-    message = (error.evalue or "").strip().splitlines() or [""]
-    return f"{error.ename}: {message[0]}"
+def first_line(error: Exception) -> str:
+    """Return an error as one line, without its last full stop."""
+    if isinstance(error, PapermillExecutionError):
+        text = f"{error.ename}: {error.evalue}"
+    else:
+        text = str(error) or type(error).__name__
+    return text.strip().splitlines()[0].removesuffix(".")
 
 
 class _EpochLines:
@@ -219,9 +247,11 @@ class _EpochLines:
 class Clock:
     """Tell the time left, from the reference runs' times and how long runs take here."""
 
-    def __init__(self, tasks: list[Task]):
+    def __init__(self, tasks: list[Task], images: int):
         references = reference_runs(load_runs(reference_folder())[0])
-        self.expected = {task.setting: _expected_seconds(task, references) for task in tasks}
+        self.expected = {
+            task.setting: _expected_seconds(task, images, references) for task in tasks
+        }
         self.spent = self.spent_expected = 0.0
 
     def skip(self, task: Task) -> None:
@@ -236,10 +266,11 @@ class Clock:
         return f"about {format_seconds(sum(self.expected.values()) * pace)} left"
 
 
-def _expected_seconds(task: Task, references: dict[str, Run]) -> float:
+def _expected_seconds(task: Task, images: int, references: dict[str, Run]) -> float:
     run = references.get(task.setting)
     an_epoch = median(run.record.seconds_per_epoch) if run else 60.0
-    samples = task.parameters.train_samples or TRAIN_IMAGES
-    # 10 s to start a kernel; the test images cost a third of what training on them would.
-    share = (samples + 2 * 10_000 / 3) / (TRAIN_IMAGES + 10_000 / 3)
-    return 10 + an_epoch * task.parameters.epochs * share
+    # 10 s to start a kernel. An epoch also goes once through the 10,000 test images, and the end
+    # twice more; forward alone costs a third of training.
+    epochs, a_pass = task.parameters.epochs, 10_000 / 3
+    share = (epochs * (images + a_pass) + 2 * a_pass) / (60_000 + a_pass)
+    return 10 + an_epoch * share

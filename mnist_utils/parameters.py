@@ -4,22 +4,34 @@ import hashlib
 import re
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-MODELS = ("a1", "a2", "b", "c")
 TRAIN_IMAGES = 60_000
 
-# The rows of the comparison, and what `make run` runs: a notebook and, where a model has
-# parameters of its own, their values.
+
+class Setting(NamedTuple):
+    """A row of the comparison: a notebook and, where it has some of its own, its parameters."""
+
+    notebook: str
+    title: str
+    own: dict[str, int] = {}  # noqa: RUF012
+
+    @property
+    def model(self) -> str:
+        """The model's name in records: the notebook's last word."""
+        return self.notebook.split("_")[-1]
+
+
 SETTINGS = {
-    "a1": ("1_model_a1", {}),
-    "a2": ("2_model_a2", {}),
-    "b": ("3_model_b", {}),
-    "c": ("4_model_c", {"first_kernel_size": 2}),
-    "c7": ("4_model_c", {"first_kernel_size": 7}),
+    "a1": Setting("1_model_a1", "CNN A.1"),
+    "a2": Setting("2_model_a2", "CNN A.2"),
+    "b": Setting("3_model_b", "CNN B"),
+    "c": Setting("4_model_c", "CNN C", {"first_kernel_size": 2}),
+    "c7": Setting("4_model_c", "CNN C, 7X7 first", {"first_kernel_size": 7}),
 }
+MODELS = tuple(dict.fromkeys(setting.model for setting in SETTINGS.values()))
 
 ALLOWED = {
     "epochs": "a whole number of 1 or more",
@@ -71,6 +83,23 @@ class Parameters(BaseModel):
             run["first_kernel_size"] = self.first_kernel_size
         return run
 
+    def run_folder(self) -> Path:
+        """Return the folder of the run with these parameters, whether it is there or not.
+
+        Its name holds the parameters, so that runs with other ones never share it.
+        """
+        parts = [
+            f"epochs{self.epochs}",
+            f"batch{self.batch_size}",
+            f"samples{self.train_samples or '-all'}",
+            self.dataset_name,
+            self.precision,
+        ]
+        if self.first_kernel_size is not None:
+            parts.append(f"first_kernel_size{self.first_kernel_size}")
+        name = "-".join([*parts, f"seed{self.seed}"])
+        return results_folder(self.results_dir) / self.model / name
+
 
 def check_parameters(model: str, **values) -> Parameters:
     """Return the checked parameters of a run of ``model``, one of ``MODELS``.
@@ -82,13 +111,17 @@ def check_parameters(model: str, **values) -> Parameters:
     except ValidationError as error:
         # Name the parameter itself: inside a union, pydantic adds the branch to the place.
         name = error.errors()[0]["loc"][0]
+        if name == "model":
+            raise refusal("model", model, f"one of {', '.join(MODELS)}") from None
         allowed = ALLOWED.get(name)
         if allowed is None:
             raise InputError(f"{name} is not a parameter of model {model!r}.") from None
         raise refusal(name, values.get(name), allowed) from None
     check_counts(parameters)
-    writable_folder(results_folder(parameters.results_dir))
-    return parameters.model_copy(update={"dataset_name": dataset_name(parameters.dataset)})
+    parameters = parameters.model_copy(update={"dataset_name": dataset_name(parameters.dataset)})
+    # The run's own folder: whatever lies in its way is better found now than after training.
+    writable_folder(parameters.run_folder())
+    return parameters
 
 
 def refusal(name: str, value, allowed: str) -> InputError:
@@ -129,7 +162,7 @@ def dataset_name(dataset: str) -> str:
         raise InputError(
             f"dataset is {dataset!r} ({reason}); it must be {ALLOWED['dataset']}."
         ) from None
-    stem = re.sub(r"[^A-Za-z0-9_]+", "_", path.stem)
+    stem = re.sub(r"[^A-Za-z0-9_]+", "_", path.stem)[:40]
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}"
 
 

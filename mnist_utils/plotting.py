@@ -65,18 +65,17 @@ def show(fig: Figure, alt: str, handle=None):
 
 
 def plt_dynamic(x, vy, ty, ax, epochs: int, quantity: str = "Loss") -> None:
-    """Draw the seed's plot on ``ax``, anew: validation in blue, training in red.
+    """Draw the original's plot on ``ax``, anew: validation in blue, training in red.
 
     ``x`` are the epochs so far, ``vy`` and ``ty`` the validation and training values, one for
     each; ``epochs`` fixes the x axis from the start.
     """
     ax.clear()
-    ax.plot(x, vy, color=BLUE, marker=".", label=f"Validation {quantity}")
-    ax.plot(x, ty, color=RED, marker=".", label=f"Train {quantity}")
+    ax.plot(x, vy, color=BLUE, marker=".", clip_on=False, label=f"Validation {quantity}")
+    ax.plot(x, ty, color=RED, marker=".", clip_on=False, label=f"Train {quantity}")
     ax.set_xlabel("epoch")
     ax.set_ylabel("Categorical Crossentropy Loss" if quantity == "Loss" else quantity)
     ax.set_xlim(*((1, epochs) if epochs > 1 else (0.5, 1.5)))
-    ax.margins(x=0.02)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(visible=True)
     ax.legend()

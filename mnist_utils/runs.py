@@ -1,7 +1,6 @@
 """The record of a run: describe the model, save, load and check."""
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -10,12 +9,12 @@ import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mnist_utils.parameters import InputError, Parameters, results_folder
+from mnist_utils.parameters import InputError, Parameters
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "metrics.json"
@@ -37,20 +36,24 @@ class RunParameters(_Strict):
     """The parameters of a run; a model's own, such as first_kernel_size, are kept as well."""
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int | float | str | bool]
 
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     seed: Count
-    train_samples: Count | None
+    train_samples: Annotated[int, Field(ge=1)] | None
     dataset: str
     precision: str
+
+
+Size = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
 
 
 class Architecture(_Strict):
     """What the built model is; kernel_sizes holds one pair (height, width) a convolution."""
 
     conv_layers: Count
-    kernel_sizes: list[list[int]]
+    kernel_sizes: list[Size]
     max_pool: bool
     padding: bool
     dropout: bool
@@ -58,6 +61,12 @@ class Architecture(_Strict):
     parameters: Count
     macs: Count
     digest: str
+
+    @model_validator(mode="after")
+    def _one_size_a_layer(self):
+        if len(self.kernel_sizes) != self.conv_layers:
+            raise ValueError("kernel_sizes must have one pair for each of conv_layers")
+        return self
 
 
 class History(_Strict):
@@ -79,7 +88,7 @@ class Predictions(_Strict):
 class Record(_Strict):
     """What is kept of a run; everything the comparison needs."""
 
-    schema_version: Literal[SCHEMA_VERSION]
+    schema_version: Annotated[int, Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)]
     model: str
     title: str
     run: RunParameters
@@ -111,8 +120,8 @@ class Run:
     def predictions(self) -> dict[str, np.ndarray]:
         """Return the test set's ``probabilities`` (n, 10) float16, ``predicted`` and ``labels``.
 
-        The last two are uint8 (n,). Raises InputError when the file is missing or not the
-        record's own.
+        The last two are uint8 (n,). Raises InputError when the file is missing, or not what
+        the record was saved with.
         """
         path = self.folder / self.record.predictions.file
         try:
@@ -144,7 +153,7 @@ def save_run(
     with the same parameters stays until the new one is whole. Raises InputError for a number
     that is not finite.
     """
-    folder = run_folder(parameters)
+    folder = parameters.run_folder()
     predictions = io.BytesIO()
     np.savez_compressed(
         predictions,
@@ -183,26 +192,6 @@ def save_run(
     print("Saved the run in", shown / folder.parent.name / folder.name)
 
 
-def run_name(recorded: dict) -> str:
-    """Return the folder name of a run: its parameters, so that other ones never share it."""
-    parts = [
-        f"epochs{recorded['epochs']}",
-        f"batch{recorded['batch_size']}",
-        f"samples{recorded['train_samples'] or '-all'}",
-        recorded["dataset"],
-        recorded["precision"],
-    ]
-    own = sorted(set(recorded) - set(RunParameters.model_fields))
-    parts += [f"{name}{recorded[name]}" for name in own]
-    return "-".join([*parts, f"seed{recorded['seed']}"])
-
-
-def run_folder(parameters: Parameters) -> Path:
-    """Return the folder of the run with these parameters, whether it is there or not."""
-    results = results_folder(parameters.results_dir)
-    return results / parameters.model / run_name(parameters.recorded())
-
-
 def load_run(folder: Path) -> Run:
     """Return the run in a folder; raise InputError that names the file and the field at fault."""
     path = folder / RECORD_FILE
@@ -210,7 +199,7 @@ def load_run(folder: Path) -> Run:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON, or truncated.") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -224,11 +213,16 @@ def load_run(folder: Path) -> Run:
 
 
 def load_runs(results: Path) -> tuple[list[Run], list[str]]:
-    """Return all runs below a results folder, and a sentence for each record left out."""
+    """Return all runs below a results folder, and a sentence for each run left out.
+
+    A run is left out when its record or its predictions are missing, damaged or not its own.
+    """
     runs, problems = [], []
     for path in sorted(results.glob(f"*/*/{RECORD_FILE}")):
         try:
-            runs.append(load_run(path.parent))
+            run = load_run(path.parent)
+            run.predictions()
+            runs.append(run)
         except InputError as error:
             problems.append(str(error))
     return runs, problems
@@ -294,8 +288,8 @@ def _multiply_adds(layer) -> int:
     return kernel * math.prod(output) // layer.filters
 
 
-# What makes a layer that layer. Names, seeds and precision do not, and keys that one Keras
-# version knows and another does not must not change the digest.
+# What tells the layers of this collection apart. Names, seeds and precision do not; keys that
+# one Keras version knows and another does not must not change the digest.
 _DIGEST_KEYS = (
     "filters",
     "kernel_size",
@@ -324,17 +318,20 @@ def architecture_digest(model) -> str:
 
 def describe_environment() -> dict[str, str | int]:
     """Return versions, processor and device; never a path, a host or a user."""
+    import keras
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-    packages = ("tensorflow", "keras", "numpy")
+    count_cores = getattr(os, "sched_getaffinity", None)
     return {
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
         "system": platform.system(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cores": len(count_cores(0)) if count_cores else os.cpu_count() or 1,
         "device": details[0].get("device_name", "GPU") if gpus else "CPU",
     }
 

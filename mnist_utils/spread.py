@@ -9,12 +9,12 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from mnist_utils.comparison import REFERENCE, TITLES, percent, setting_of
+from mnist_utils.comparison import REFERENCE, percent, setting_of
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import Run
 
 LEVEL = 0.05
-SEED_RANKING = ("b", "c7", "a1", "a2")  # by the accuracies that the seed reports
+ORIGINAL_RANKING = ("b", "c7", "a1", "a2")  # by the accuracies that it reports
 
 
 def over_seeds(runs: Iterable[Run], precision: str = "float32") -> dict[str, list[Run]]:
@@ -59,7 +59,7 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
         losses = np.array([run.record.test_loss for run in runs])
         table.add_row(
             [
-                TITLES[setting],
+                SETTINGS[setting].title,
                 len(runs),
                 _mean_and_deviation(accuracies, 2),
                 _interval(accuracies),
@@ -142,7 +142,7 @@ def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
     A cell says which model is better, or that no difference is shown, and the corrected p.
     """
     over_images, over_the_seeds = image_tests(groups), seed_tests(groups)
-    table = PrettyTable(["", *(TITLES[setting] for setting in groups)])
+    table = PrettyTable(["", *(SETTINGS[setting].title for setting in groups)])
     order = list(groups)
     for row, first in enumerate(order):
         cells = []
@@ -153,7 +153,7 @@ def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
                 cells.append(_verdict(groups, first, second, over_the_seeds.get((first, second))))
             else:
                 cells.append(_verdict(groups, second, first, over_images.get((second, first)), 1))
-        table.add_row([TITLES[first], *cells])
+        table.add_row([SETTINGS[first].title, *cells])
     return table
 
 
@@ -165,7 +165,7 @@ def _verdict(groups, first, second, p, count: int | None = None) -> str:
     if p >= LEVEL:
         return f"no difference shown, {shown}"
     means = [mean_accuracy(groups[s][:count]) for s in (first, second)]
-    return f"{TITLES[first if means[0] > means[1] else second]}, {shown}"
+    return f"{SETTINGS[first if means[0] > means[1] else second].title}, {shown}"
 
 
 def mean_accuracy(runs: list[Run]) -> float:
@@ -174,14 +174,16 @@ def mean_accuracy(runs: list[Run]) -> float:
 
 
 def ranking_text(groups: dict[str, list[Run]]) -> str:
-    """Return in words whether the seed's ranking, B > C > A.1 > A.2, stands."""
-    ranking = [setting for setting in SEED_RANKING if setting in groups]
+    """Return in words whether the original's ranking, B > C > A.1 > A.2, stands."""
+    ranking = [setting for setting in ORIGINAL_RANKING if setting in groups]
     over_images, over_the_seeds = image_tests(groups), seed_tests(groups)
     here = sorted(ranking, key=lambda setting: -mean_accuracy(groups[setting]))
     lines = [
-        f"The seed's ranking: {' > '.join(TITLES[setting] for setting in SEED_RANKING)}.",
+        "The original's ranking: "
+        + " > ".join(SETTINGS[setting].title for setting in ORIGINAL_RANKING)
+        + ".",
         "Here, by mean test accuracy: "
-        + " > ".join(f"{TITLES[s]} ({percent(mean_accuracy(groups[s]))} %)" for s in here)
+        + " > ".join(f"{SETTINGS[s].title} ({percent(mean_accuracy(groups[s]))} %)" for s in here)
         + ".",
     ]
     for better, worse in pairwise(ranking):
@@ -190,7 +192,7 @@ def ranking_text(groups: dict[str, list[Run]]) -> str:
         if all(p is None for p in tests.values()):
             continue
         shown = [over for over, p in tests.items() if p is not None and p < LEVEL]
-        line = f"{TITLES[better]} over {TITLES[worse]}: "
+        line = f"{SETTINGS[better].title} over {SETTINGS[worse].title}: "
         if mean_accuracy(groups[better]) <= mean_accuracy(groups[worse]):
             line += "not so here; the order is the other way round"
             line += f" (shown over {' and '.join(shown)})." if shown else ", which may be chance."

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import NOTEBOOKS, ROOT, output_text, python
+from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, output_text, python
 from packaging.requirements import Requirement
 
 from mnist_utils import training
 from mnist_utils.headless import code_sha256
-from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import load_runs
 
 # Preinstalled in Colab on 2026-08-19, says pip-freeze.txt of googlecolab/backend-info.
@@ -109,7 +108,7 @@ def test_the_ranges_allow_what_colab_has():
 def test_make_links_sets_the_public_name_everywhere(repository, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(repository, copy)
-    before = {name: nbformat.read(copy / f"notebooks/{name}.ipynb", 4) for name, _ in names()}
+    before = {name: nbformat.read(copy / f"notebooks/{name}.ipynb", 4) for name in MODEL_NOTEBOOKS}
     subprocess.run(python(copy / "tools/links.py", "somebody/digits"), check=True)
     text = "".join(path.read_text(encoding="utf-8") for path in copy.glob("notebooks/*.ipynb"))
     text += (copy / "README.md").read_text() + (copy / "pyproject.toml").read_text()
@@ -120,10 +119,6 @@ def test_make_links_sets_the_public_name_everywhere(repository, tmp_path):
     for name, old in before.items():
         new = nbformat.read(copy / f"notebooks/{name}.ipynb", 4)
         assert code_sha256(new) == code_sha256(old)
-
-
-def names():
-    return SETTINGS.values()
 
 
 def test_make_links_refuses_a_name_that_is_none():

@@ -5,19 +5,22 @@ import subprocess
 import pytest
 from conftest import ROOT, python
 
+from mnist_utils import comparison
 from mnist_utils.comparison import (
     by_parameters,
     cost_table,
     kernel_text,
+    own_table,
     reference_runs,
     reported_table,
-    seed_table,
     setting_of,
     show_most_missed,
+    summary_table,
 )
 from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import Run
 
-SEED_COLUMNS = [
+ORIGINAL_COLUMNS = [
     "Model",
     "Convolution Layers",
     "Kernel Size",
@@ -28,8 +31,8 @@ SEED_COLUMNS = [
     "test loss",
     "test accuracy (%)",
 ]
-# The seed's own rows, but for the name and the two results.
-SEED_ROWS = {
+# The original's own rows, but for the name and the two results.
+ORIGINAL_ROWS = {
     "a1": [3, "3X3 for all", "Yes", "No", "No", "No"],
     "a2": [3, "3X3 for all", "Yes", "Yes", "Yes", "Yes"],
     "b": [5, "5X5 for all", "Yes", "Yes", "Yes", "Yes"],
@@ -45,26 +48,27 @@ SEED_ROWS = {
 }
 
 
-def test_kernel_sizes_are_told_in_the_seeds_words():
+def test_kernel_sizes_are_told_in_the_originals_words():
     sizes = [[2, 2], [2, 2], [2, 2], [3, 3], [2, 2], [3, 3], [2, 2]]
     assert kernel_text(sizes) == "3X3 for 4th and 6th layer 2X2 for rest"
     assert kernel_text([[5, 5]] * 5) == "5X5 for all"
+    assert kernel_text([]) == "-"
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_run_fills_the_seeds_row(setting, executed):
+@pytest.mark.parametrize("setting", ORIGINAL_ROWS)
+def test_a_run_fills_the_originals_row(setting, executed):
     run = executed(setting).run
-    table = seed_table([run])
-    assert table.field_names == SEED_COLUMNS
+    table = summary_table([run])
+    assert table.field_names == ORIGINAL_COLUMNS
     ((_, *row, loss, accuracy),) = table.rows
-    assert row == SEED_ROWS[setting]
+    assert row == ORIGINAL_ROWS[setting]
     assert loss == f"{run.record.test_loss:.4f}"
     assert accuracy == f"{100 * run.record.test_accuracy:.2f}"
     assert setting_of(run) == setting
 
 
 def test_a_model_without_a_run_shows_as_not_run_yet_with_its_command():
-    table = seed_table([], missing=SETTINGS)
+    table = summary_table([], missing=SETTINGS)
     assert [row[-2:] for row in table.rows] == [
         ["not run yet", f"make run MODELS={setting}"] for setting in SETTINGS
     ]
@@ -99,6 +103,50 @@ def test_the_most_missed_digits_are_those_that_most_models_miss(executed, mnist,
     shown = capsys.readouterr().out.splitlines()[0]
     counts = sorted(wrong, reverse=True)[:10]
     assert shown == "How many of the 5 models miss each of these: " + " ".join(map(str, counts))
+
+
+def test_a_readers_own_run_stands_beside_the_reference(executed):
+    run = executed("a1").run
+    ((*_, loss, accuracy),) = own_table([run], {"a1": executed("a1", seed=4).run}).rows
+    other = executed("a1", seed=4).record
+    assert (loss, accuracy) == (f"{other.test_loss:.4f}", f"{100 * other.test_accuracy:.2f}")
+    ((*_, loss, accuracy),) = own_table([run], {}).rows
+    assert (loss, accuracy) == ("-", "-")
+
+
+@pytest.fixture
+def shown_figures(monkeypatch):
+    """The figures that are shown, to be looked at instead."""
+    figures = []
+    monkeypatch.setattr(comparison, "show", lambda fig, alt: figures.append(fig))
+    return figures
+
+
+def test_the_loss_figure_draws_each_runs_validation_losses(executed, shown_figures):
+    runs = {setting: executed(setting).run for setting in ("a1", "b")}
+    comparison.show_validation_losses(runs)
+    (ax,) = shown_figures[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}
+    assert lines == {
+        SETTINGS[setting].title: run.record.history.val_loss for setting, run in runs.items()
+    }
+
+
+def test_the_cost_figure_draws_accuracy_against_minutes(executed, shown_figures, capsys):
+    reference, near, far = (
+        Run(executed(setting).record.model_copy(update={"test_accuracy": accuracy}), ROOT)
+        for setting, accuracy in (("a1", 0.99), ("b", 0.985), ("a2", 0.5))
+    )
+    comparison.show_accuracy_against_cost({"a1": reference}, [near, far])
+    (ax,) = shown_figures[0].axes
+    points = [tuple(collection.get_offsets()[0]) for collection in ax.collections]
+    assert points == [
+        pytest.approx((sum(run.record.seconds_per_epoch) / 60, 100 * run.record.test_accuracy))
+        for run in (reference, near)
+    ]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == [SETTINGS["a1"].title, f"yours: {SETTINGS['b'].title}"]
+    assert capsys.readouterr().out == "1 of your runs are below 98.0 % and not shown.\n"
 
 
 def test_the_comparison_does_not_import_tensorflow():

@@ -19,9 +19,16 @@ def test_the_embedded_data_is_mnist_bit_for_bit(mnist):
     (x_train, y_train), (x_test, y_test) = mnist
     assert (x_train.shape, y_train.shape) == ((60000, 28, 28), (60000,))
     assert (x_test.shape, y_test.shape) == ((10000, 28, 28), (10000,))
-    # The MD5 sum published for LeCun's train-labels-idx1-ubyte.
-    idx = bytes([0, 0, 8, 1]) + len(y_train).to_bytes(4, "big") + y_train.tobytes()
-    assert hashlib.md5(idx).hexdigest() == "a25bea736e30d166cdddb491f175f624"
+    # The MD5 sums published for LeCun's uncompressed IDX files.
+    for array, md5 in (
+        (x_train, "6bbc9ace898e44ae57da46a324031adb"),
+        (y_train, "a25bea736e30d166cdddb491f175f624"),
+        (x_test, "2646ac647ad5339dbf082846283269ea"),
+        (y_test, "27ae3e4e09519cfbb04c329615203637"),
+    ):
+        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+        idx = bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+        assert hashlib.md5(idx).hexdigest() == md5
 
 
 def test_one_flipped_bit_in_the_embedded_file_is_named(tmp_path, monkeypatch):
@@ -110,6 +117,28 @@ def test_damage_inside_an_array_is_named(tmp_path, small_mnist):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"x_train"):
         load_mnist(str(path))
+
+
+def test_no_flipped_bit_gives_a_traceback(tmp_path):
+    arrays = {
+        "x_train": np.zeros((2, 28, 28), "uint8"),
+        "y_train": np.zeros(2, "uint8"),
+        "x_test": np.zeros((1, 28, 28), "uint8"),
+        "y_test": np.zeros(1, "uint8"),
+    }
+    path = write_npz(tmp_path / "small.npz", arrays)
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            load_mnist(str(path))  # some bits, such as a date's, do not matter
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 4 * len(whole)
 
 
 @pytest.mark.parametrize("size", [1, 10, 1000, 54_210, 59_999, 60_000])

@@ -1,19 +1,24 @@
 """make run: many notebooks, failures, interruptions, and going on."""
 
+import copy
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import nbformat
 import papermill
 import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, python, write_npz
+from filelock import FileLock
 
-from mnist_utils.headless import make_task
+from mnist_utils.headless import execute, make_task
+from mnist_utils.parameters import InputError
 from mnist_utils.runs import load_runs
 
 
@@ -36,6 +41,7 @@ def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist,
     assert problems == []
     assert sorted(found.record.model for found in runs) == ["a1", "a2"]
     # Progress with the time left, by notebook and by epoch.
+    assert "Parameters: epochs=2, batch_size=64, dataset=" in first.stdout
     assert re.search(r"^\[1/2\] a2: training; about .* left for all$", first.stdout, re.MULTILINE)
     assert len(re.findall(r"^    Epoch [12]/2: loss ", first.stdout, re.MULTILINE)) == 4
     assert re.search(r"^\| CNN A\.1 .*\n\| CNN A\.2 ", first.stdout, re.MULTILINE)
@@ -53,24 +59,33 @@ def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist,
         assert (folder / "metrics.json").stat().st_mtime_ns == written
 
 
-def test_a_failing_notebook_is_named_and_the_others_go_on(small_mnist, tmp_path):
-    # The notebooks refuse any backend but TensorFlow; nothing before them looks at it.
+BREAKS = {
+    "an error": ("raise RuntimeError('broken')", "RuntimeError: broken"),
+    "a dead kernel": ("import os\nos._exit(1)", "Kernel died"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_failing_notebook_is_named_and_the_others_go_on(case, small_mnist, tmp_path):
+    code, message = BREAKS[case]
+    (tmp_path / "mnist_utils").symlink_to(ROOT / "mnist_utils")
+    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
+    path = tmp_path / "notebooks/1_model_a1.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells.insert(6, nbformat.v4.new_code_cell(code))
+    nbformat.write(notebook, path)
     done = subprocess.run(
-        command(tmp_path, small_mnist, "a1", "a2"),
-        cwd=ROOT,
-        env=os.environ | {"KERAS_BACKEND": "numpy"},
-        capture_output=True,
-        text=True,
+        command("runs", small_mnist, "a1", "a2"), cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 1
-    for setting in ("a1", "a2"):
-        (line,) = re.findall(rf"^\[./2\] {setting}: FAILED .*$", done.stdout, re.MULTILINE)
-        assert "InputError: KERAS_BACKEND is 'numpy'; it must be 'tensorflow' here." in line
-        copy = re.search(r"executed copy: (\S+)$", line)[1]
-        assert copy.endswith("failed.ipynb")
-        assert os.path.isfile(copy)
-    assert "2 failed: a1, a2" in done.stderr
-    assert load_runs(tmp_path) == ([], [])
+    (line,) = re.findall(r"^\[1/2\] a1: FAILED .*$", done.stdout, re.MULTILINE)
+    assert message in line
+    assert line.endswith("failed.ipynb")
+    assert (tmp_path / re.search(r"executed copy: (\S+)$", line)[1]).is_file()
+    assert "1 failed: a1\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    ((run,), problems) = load_runs(tmp_path / "runs")
+    assert (run.record.model, problems) == ("a2", [])
 
 
 def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, tmp_path):
@@ -86,19 +101,17 @@ def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, tmp_path):
         assert done.stderr.count("\n") == 1
 
 
-def start_and_wait_for_training(results, dataset):
-    """Start a run of A.2 with many epochs, and return it when the first epoch is through."""
+def start_and_wait_for_the_second(arguments):
+    """Start a run of two models, and return it when the second one is training."""
     process = subprocess.Popen(
-        command(results, dataset, "a2", epochs=1000),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    second = False
     for line in process.stdout:
-        if "Epoch    1/1000" in line:
+        second = second or line.startswith("[2/2]")
+        if second and re.match(r" +Epoch +1/", line):
             return process
-    raise AssertionError("the run ended before its first epoch")
+    raise AssertionError("the run ended before the second model trained")
 
 
 def kernels() -> set[int]:
@@ -113,9 +126,10 @@ def kernels() -> set[int]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_nothing_half_done_and_goes_on(sent, small_mnist, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_stopped(sent, small_mnist, tmp_path):
     before = kernels()
-    process = start_and_wait_for_training(tmp_path, small_mnist)
+    arguments = command(tmp_path, small_mnist, "a2", "a1", epochs=12)
+    process = start_and_wait_for_the_second(arguments)
     assert kernels() - before
     process.send_signal(sent)
     output, _ = process.communicate()
@@ -124,18 +138,21 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_goes_on(sent, small_mni
         assert "Interrupted. What is recorded is kept" in output
     else:
         assert process.returncode == -signal.SIGKILL
-    # No record, and in time no kernel either: it sees that its parent is gone.
-    assert load_runs(tmp_path) == ([], [])
+    # No half record, and in time no kernel either: it sees that its parent is gone.
+    ((first,), problems) = load_runs(tmp_path)
+    assert (first.record.model, problems) == ("a2", [])
     deadline = time.monotonic() + 60
     while kernels() - before and time.monotonic() < deadline:
         time.sleep(0.5)
     assert kernels() <= before
 
-    done = run(tmp_path, small_mnist, "a2", epochs=1)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    ((found,), problems) = load_runs(tmp_path)
-    assert problems == []
-    assert found.record.run.epochs == 1
+    assert "[1/2] a2: recorded already, kept" in done.stdout
+    assert "[2/2] a1: training" in done.stdout
+    runs, problems = load_runs(tmp_path)
+    assert ([run.record.model for run in runs], problems) == (["a1", "a2"], [])
+    assert not list(tmp_path.glob("*/*/executing.ipynb"))
 
 
 def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp_path):
@@ -156,14 +173,55 @@ def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp
     assert "".join(o.text for o in cell.outputs if "text" in o).count("Epoch ") == 2
 
 
-def test_a_run_of_other_code_cells_is_run_again(executed, small_mnist):
-    done = executed("a2")
-    folder = done.run.folder.parents[1]
-    parameters = {"epochs": 2, "batch_size": 64, "seed": 3, "dataset": str(small_mnist)}
-    task = make_task("a2", parameters | {"results_dir": str(folder)})
-    assert task.finished_run() is not None
-    other = type(task)(**(vars(task) | {"code": "of other cells"}))
-    assert other.finished_run() is None
+def test_only_a_run_by_the_same_code_with_its_executed_notebook_counts(small_mnist, tmp_path):
+    assert run(tmp_path, small_mnist, "a2", epochs=1).returncode == 0
+    given = {"epochs": 1, "batch_size": 64, "dataset": str(small_mnist)}
+    task = make_task("a2", given | {"results_dir": str(tmp_path)})
+    assert task.finished_run()
+    other = copy.deepcopy(task.notebook)
+    other.cells[-1].source += "\n# changed"
+    assert not replace(task, notebook=other).finished_run()
+    (task.folder / "executed.ipynb").unlink()
+    assert not task.finished_run()
+
+
+def test_two_processes_do_not_run_the_same(small_mnist, tmp_path):
+    task = make_task("a2", {"dataset": str(small_mnist), "results_dir": str(tmp_path)})
+    with FileLock(task.folder / ".lock"):
+        problem = execute(task.notebook, task.given, task.folder)
+    assert problem == f"Another process is running it in {task.folder}."
+
+
+def test_a_parameter_that_contradicts_the_setting_is_refused():
+    with pytest.raises(InputError, match="first_kernel_size is 3; for c7 it must be 7"):
+        make_task("c7", {"first_kernel_size": 3})
+
+
+def test_make_hands_its_variables_to_the_command_line():
+    def commands(*arguments):
+        done = subprocess.run(
+            ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    values = {
+        "EPOCHS": "3",
+        "BATCH_SIZE": "32",
+        "SEED": "7",
+        "TRAIN_SAMPLES": "500",
+        "PRECISION": "mixed_bfloat16",
+        "DATASET": "some file.npz",
+    }
+    text = commands(
+        "run", *(f"{k}={v}" for k, v in values.items()), "RESULTS_DIR=there", "MODELS=a1 c"
+    )
+    for name, value in values.items():
+        assert f"-p '{name.lower()}={value}'" in text
+    assert "--results-dir 'there'" in text
+    assert "run --models a1 c " in text
+    assert re.search(r"-p 'epochs=2' +-p 'train_samples=1000'", commands("quick"))
+    assert " -p " not in commands("run")
+    assert "--models" not in commands("run")
 
 
 @pytest.mark.parametrize("folder", [ROOT, NOTEBOOKS])

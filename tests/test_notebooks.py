@@ -9,9 +9,10 @@ import pytest
 from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, SMALL, code_cells, output_text, python
 
 from mnist_utils.parameters import SETTINGS
+from mnist_utils.runs import architecture_digest, load_runs
 
-# The seed's layer tables: layer, output shape, parameters.
-SEED_LAYERS = {
+# The original's layer tables: layer, output shape, parameters.
+ORIGINAL_LAYERS = {
     "a1": """
         Conv2D (None, 26, 26, 16) 160
         Conv2D (None, 24, 24, 32) 4640
@@ -69,7 +70,7 @@ SEED_LAYERS = {
         Dropout (None, 64) 0
         Dense (None, 10) 650""",
 }
-SEED_LAYERS["c7"] = SEED_LAYERS["c"].replace("64) 320", "64) 3200")
+ORIGINAL_LAYERS["c7"] = ORIGINAL_LAYERS["c"].replace("64) 320", "64) 3200")
 PARAMETERS = {"a1": 519_626, "a2": 61_882, "b": 500_970, "c": 225_770, "c7": 228_650}
 ROW = re.compile(r"│ *\w+ \((\w+)\) *│ *(\([\w, ]+\)) *│ *([\d,]+) *│")
 EPOCH_LINE = re.compile(
@@ -93,11 +94,74 @@ def summary_layers(notebook):
     return [" ".join(row).replace(",", "").split() for row in ROW.findall(plain)]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_model_is_the_seeds_layer_by_layer(setting, executed):
-    expected = [line.replace(",", "").split() for line in SEED_LAYERS[setting].split("\n")[1:]]
+@pytest.mark.parametrize("setting", PARAMETERS)
+def test_the_model_is_the_originals_layer_by_layer(setting, executed):
+    expected = [line.replace(",", "").split() for line in ORIGINAL_LAYERS[setting].split("\n")[1:]]
     assert summary_layers(executed(setting).notebook) == expected
     assert executed(setting).record.architecture.parameters == PARAMETERS[setting]
+
+
+def original_model(setting: str):
+    """Return a model built as the original's code builds it."""
+    from keras import Input, Sequential
+    from keras.layers import (
+        BatchNormalization,
+        Conv2D,
+        Dense,
+        Dropout,
+        Flatten,
+        MaxPooling2D,
+    )
+
+    def conv(filters, size, padding="same"):
+        return Conv2D(filters, kernel_size=(size, size), activation="relu", padding=padding)
+
+    def pool():
+        return MaxPooling2D(pool_size=(2, 2))
+
+    first = 7 if setting == "c7" else 2
+    middle = {
+        "a1": lambda: [
+            *(conv(16, 3, "valid"), conv(32, 3, "valid"), conv(64, 3, "valid"), pool()),
+            *(Flatten(), Dense(64, activation="relu")),
+        ],
+        "a2": lambda: [
+            *(conv(32, 3), conv(16, 3, "valid"), pool(), Dropout(0.5)),
+            *(conv(32, 3, "valid"), pool(), BatchNormalization(), Flatten()),
+            *(Dense(64, activation="relu"), Dropout(0.5), BatchNormalization()),
+        ],
+        "b": lambda: [
+            *(conv(32, 5), conv(128, 5), pool(), Dropout(0.25)),
+            *(conv(64, 5), pool(), Dropout(0.25)),
+            *(conv(64, 5), BatchNormalization(), conv(32, 5), pool(), Dropout(0.25)),
+            *(Flatten(), Dense(128, activation="relu"), BatchNormalization(), Dropout(0.5)),
+        ],
+        "c": lambda: [
+            *(conv(64, first), conv(128, 2), conv(64, 2), pool(), Dropout(0.25)),
+            *(conv(64, 3), conv(32, 2), pool(), conv(32, 3), conv(32, 2), Dropout(0.25)),
+            *(BatchNormalization(), Flatten(), Dense(64, activation="relu"), Dropout(0.5)),
+        ],
+    }[setting.rstrip("7")]()
+    return Sequential([Input((28, 28, 1)), *middle, Dense(10, activation="softmax")])
+
+
+@pytest.mark.parametrize("setting", PARAMETERS)
+def test_activations_rates_and_kernels_are_the_originals_too(setting, executed):
+    assert executed(setting).record.architecture.digest == architecture_digest(
+        original_model(setting)
+    )
+
+
+@pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
+def test_training_is_the_originals(name):
+    source = "\n".join(c.source for c in code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)))
+    for text in (
+        "epochs = 10\nbatch_size = 256\n",
+        'loss="categorical_crossentropy"',
+        "optimizer=keras.optimizers.Adam(),",
+        "validation_data=test_batches",
+    ):
+        assert text in source
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -111,7 +175,7 @@ def test_the_record_is_what_the_notebook_printed(setting, executed):
     assert "600 train samples\n200 test samples\n" in text
     run = record.run.model_dump()
     assert {name: run[name] for name in SMALL} == SMALL
-    assert run.get("first_kernel_size") == SETTINGS[setting][1].get("first_kernel_size")
+    assert run.get("first_kernel_size") == SETTINGS[setting].own.get("first_kernel_size")
     assert (record.test_loss, record.test_accuracy) == (
         pytest.approx(record.history.val_loss[-1], rel=1e-4),
         pytest.approx(record.history.val_accuracy[-1]),
@@ -147,13 +211,18 @@ def test_nothing_is_written_to_standard_error(setting, executed):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_second_execution_prints_the_same_numbers(setting, executed):
-    # nbval executes the notebook again and compares what each cell gives.
+def test_a_second_execution_prints_the_same_numbers(setting, executed, tmp_path):
+    # nbval executes the notebook again and compares what each cell gives; in a copy, because the
+    # notebook saves its run again.
+    first = executed(setting)
+    copy = tmp_path / "executed.ipynb"
+    results = str(first.run.folder.parents[1])
+    copy.write_text(first.path.read_text().replace(results, str(tmp_path / "runs")))
     done = subprocess.run(
         python(
             *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval"),
             *("--nbval-sanitize-with", ROOT / "tests/nbval_sanitize.cfg"),
-            executed(setting).path,
+            copy,
         ),
         cwd=ROOT,
         capture_output=True,
@@ -161,6 +230,7 @@ def test_a_second_execution_prints_the_same_numbers(setting, executed):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d+ passed", done.stdout)
+    assert len(load_runs(tmp_path / "runs")[0]) == 1
 
 
 def test_another_seed_gives_other_numbers(executed):
@@ -198,9 +268,15 @@ def test_the_loss_plot_works_in_a_plain_script_without_a_display(tmp_path):
         "model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, 'softmax')])\n"
         "model.compile('adam', 'categorical_crossentropy', metrics=['accuracy'])\n"
         "x, y = np.zeros((8, 2)), np.eye(2)[[0, 1] * 4]\n"
-        "plot = DynamicLossPlot()\n"
+        "seen = []\n"
+        "class Plot(DynamicLossPlot):\n"
+        "    def on_epoch_begin(self, epoch, logs=None):\n"
+        "        seen.append(self.figure.axes[0].get_xlim())\n"
+        "        super().on_epoch_begin(epoch, logs)\n"
+        "plot = Plot()\n"
         "model.fit(x, y, epochs=2, validation_data=(x, y), callbacks=[plot], verbose=0)\n"
         "loss, accuracy = plot.figure.axes\n"
+        "assert seen[0] == (1, 2)\n"
         "assert loss.get_xlim() == accuracy.get_xlim() == (1, 2)\n"
         "assert (loss.get_xlabel(), loss.get_ylabel()) == "
         "('epoch', 'Categorical Crossentropy Loss')\n"

@@ -1,6 +1,5 @@
 """Bad parameters: one plain sentence, before anything is loaded or trained."""
 
-import os
 import re
 import subprocess
 
@@ -8,6 +7,7 @@ import papermill
 import pytest
 from conftest import NOTEBOOKS, ROOT, python, write_npz
 
+from mnist_utils import parameters
 from mnist_utils.parameters import InputError, check_parameters
 from mnist_utils.training import GPUS, set_up
 
@@ -58,34 +58,49 @@ def test_a_batch_above_the_samples_is_refused(tmp_path):
 
 def test_good_values_pass_and_the_folder_is_made(tmp_path):
     folder = tmp_path / "new" / "runs"
-    parameters = check_parameters("a1", **GOOD, train_samples=60_000, results_dir=str(folder))
-    assert parameters.epochs == 10
-    assert list(folder.iterdir()) == []
+    checked = check_parameters("a1", **GOOD, train_samples=60_000, results_dir=str(folder))
+    assert checked.epochs == 10
+    assert checked.run_folder().parents[1] == folder
+    assert list(checked.run_folder().iterdir()) == []
+
+
+def test_an_unknown_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="model is 'e'; it must be one of a1, a2, b, c"):
+        check_parameters("e", **GOOD, results_dir=str(tmp_path))
 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    for path in (file, file / "below"):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/a1").touch()  # where the run's own folder would be
+    for path in (file, file / "below", tmp_path / "runs"):
         with pytest.raises(InputError, match=r"results_dir is .* it must be"):
             check_parameters("a1", **GOOD, results_dir=str(path))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_results_folder_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
+def test_a_read_only_results_folder_is_refused(tmp_path, monkeypatch):
+    # As root may write anywhere, the refusal of the system is played.
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(parameters.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"permission denied"):
         check_parameters("a1", **GOOD, results_dir=str(tmp_path / "runs"))
 
 
 def test_a_record_never_holds_the_path_of_a_data_set(small_mnist, small_arrays, tmp_path):
-    parameters = check_parameters("a1", **GOOD, dataset=str(small_mnist), results_dir=str(tmp_path))
-    recorded = parameters.recorded()
+    checked = check_parameters("a1", **GOOD, dataset=str(small_mnist), results_dir=str(tmp_path))
+    recorded = checked.recorded()
     assert re.fullmatch(r"small-[0-9a-f]{8}", recorded["dataset"])
+    # A long name is cut: a folder's name has its limit.
+    long = write_npz(tmp_path / f"{'x' * 240}.npz", small_arrays)
+    checked = check_parameters("a1", **GOOD, dataset=str(long), results_dir=str(tmp_path))
+    assert len(checked.run_folder().name) < 150
     # Another file of the same name has another name in records.
     other = write_npz(tmp_path / "small.npz", small_arrays | {"y_test": small_arrays["y_test"] * 0})
-    parameters = check_parameters("a1", **GOOD, dataset=str(other), results_dir=str(tmp_path))
-    assert parameters.recorded()["dataset"] != recorded["dataset"]
+    checked = check_parameters("a1", **GOOD, dataset=str(other), results_dir=str(tmp_path))
+    assert checked.recorded()["dataset"] != recorded["dataset"]
 
 
 @pytest.mark.skipif(bool(GPUS), reason="there is a GPU")

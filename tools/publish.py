@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from mnist_utils.comparison import TITLES, reference_runs, reference_sentence, seed_table
+from mnist_utils.comparison import reference_runs, reference_sentence, summary_table
 from mnist_utils.headless import code_sha256
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import RECORD_FILE, Run, load_runs
@@ -30,21 +30,19 @@ def main() -> None:
     for setting, run in reference_runs(load_runs(ROOT / "runs")[0]).items():
         publish_run(setting, run)
     references = reference_runs(load_runs(RESULTS)[0])
-    for name in sorted({name for name, _ in SETTINGS.values()}):
-        settings = [s for s, (notebook, _) in SETTINGS.items() if notebook == name]
-        write_sentence(
-            ROOT / f"notebooks/{name}.ipynb",
-            {s: references[s] for s in settings if s in references},
-        )
+    for name in {setting.notebook for setting in SETTINGS.values()}:
+        own = {s: run for s, run in references.items() if SETTINGS[s].notebook == name}
+        write_sentence(ROOT / f"notebooks/{name}.ipynb", own)
     publish_comparison()
     write_readme(references)
 
 
 def publish_run(setting: str, run: Run) -> None:
     """Copy a run to results/, and its outputs into the notebook if it ran with the defaults."""
-    path = ROOT / f"notebooks/{SETTINGS[setting][0]}.ipynb"
+    path = ROOT / f"notebooks/{SETTINGS[setting].notebook}.ipynb"
     notebook = nbformat.read(path, 4)
-    if run.record.code_sha256 != code_sha256(notebook):
+    executed = clean(nbformat.read(run.folder / "executed.ipynb", 4))
+    if not run.record.code_sha256 == code_sha256(notebook) == code_sha256(executed):
         print(f"{setting}: left out, other code cells made it")
         return
     folder = RESULTS / run.folder.parent.name / run.folder.name
@@ -52,7 +50,6 @@ def publish_run(setting: str, run: Run) -> None:
     folder.mkdir(parents=True)
     for file in (RECORD_FILE, run.record.predictions.file):
         shutil.copy(run.folder / file, folder)
-    executed = clean(nbformat.read(run.folder / "executed.ipynb", 4))
     if any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells):
         write_notebook(executed, folder / "executed.ipynb")
     else:
@@ -87,7 +84,7 @@ def write_sentence(path: Path, references: dict[str, Run]) -> None:
     """Write what the reference runs reached into a notebook's first screen."""
     notebook = nbformat.read(path, 4)
     parts = [
-        f"{TITLES[setting] + ': ' if len(references) > 1 else ''}{reference_sentence(run)}"
+        f"{SETTINGS[setting].title + ': ' if len(references) > 1 else ''}{reference_sentence(run)}"
         for setting, run in references.items()
     ]
     sentence = "; ".join(parts) or "not run yet"
@@ -122,7 +119,7 @@ def publish_comparison() -> None:
 
 
 def write_readme(references: dict[str, Run]) -> None:
-    """Write the seed's table, from the records, between the README's markers."""
+    """Write the summary table, from the records, between the README's markers."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     begin, end = "<!-- comparison: written by tools/publish.py -->\n", "<!-- end -->"
@@ -134,9 +131,9 @@ def write_readme(references: dict[str, Run]) -> None:
 
 
 def markdown_table(references: dict[str, Run]) -> str:
-    """Return the seed's table in Markdown."""
+    """Return the summary table in Markdown."""
     missing = [setting for setting in SETTINGS if setting not in references]
-    table = seed_table(references.values(), missing)
+    table = summary_table(references.values(), missing)
     rows = [table.field_names, ["---"] * len(table.field_names), *table.rows]
     return "".join(f"| {' | '.join(str(value) for value in row)} |\n" for row in rows)
 
