@@ -71,8 +71,16 @@ def plt_dynamic(x, vy, ty, ax, epochs: int, quantity: str = "Loss") -> None:
     each; ``epochs`` fixes the x axis from the start.
     """
     ax.clear()
-    ax.plot(x, vy, color=BLUE, marker=".", clip_on=False, label=f"Validation {quantity}")
-    ax.plot(x, ty, color=RED, marker=".", clip_on=False, label=f"Train {quantity}")
+    ax.plot(
+        x,
+        vy,
+        color=BLUE,
+        marker=".",
+        clip_on=False,
+        in_layout=False,
+        label=f"Validation {quantity}",
+    )
+    ax.plot(x, ty, color=RED, marker=".", clip_on=False, in_layout=False, label=f"Train {quantity}")
     ax.set_xlabel("epoch")
     ax.set_ylabel("Categorical Crossentropy Loss" if quantity == "Loss" else quantity)
     ax.set_xlim(*((1, epochs) if epochs > 1 else (0.5, 1.5)))
