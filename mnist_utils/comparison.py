@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from prettytable import PrettyTable
 
 from mnist_utils.parameters import SETTINGS, project_folder
-from mnist_utils.plotting import BLUE, figure, show, show_digits
+from mnist_utils.plotting import GREY, figure, show, show_digits
 from mnist_utils.runs import Run
 
 # What the original notebook reports: test loss, test accuracy, seconds an epoch on its machine.
@@ -218,6 +218,13 @@ def title_of(run: Run) -> str:
     return f"{run.record.title}, {own}" if own else run.record.title
 
 
+def colour_of(run: Run) -> str:
+    """Return the colour of a run's setting, the same in every figure."""
+    settings = list(SETTINGS)
+    setting = setting_of(run)
+    return f"C{settings.index(setting)}" if setting else GREY
+
+
 def percent(fraction: float) -> str:
     """Return a fraction as per cent with two decimals: 0.9894 is "98.94"."""
     return f"{100 * fraction:.2f}"
@@ -239,7 +246,9 @@ def show_validation_losses(references: dict[str, Run]) -> None:
     with figure(size=(9, 4)) as (fig, ax):
         for setting, run in references.items():
             losses = run.record.history.val_loss
-            ax.plot(range(1, len(losses) + 1), losses, marker=".", label=SETTINGS[setting].title)
+            epochs = range(1, len(losses) + 1)
+            label = SETTINGS[setting].title
+            ax.plot(epochs, losses, marker=".", color=colour_of(run), label=label)
         ax.set_xlabel("epoch")
         ax.set_ylabel("Categorical Crossentropy Loss, validation")
         ax.set_yscale("log")
@@ -262,20 +271,27 @@ def show_accuracy_against_cost(references: dict[str, Run], own: list[Run]) -> No
     shown = [run for run in own if 100 * run.record.test_accuracy >= lowest]
     if len(shown) < len(own):
         print(f"{len(own) - len(shown)} of your runs are below {lowest:.1f} % and not shown.")
-    points = [(run, SETTINGS[setting].title, BLUE) for setting, run in references.items()]
-    points += [(run, f"yours: {title_of(run)}", "none") for run in shown]
     with figure(size=(9, 4)) as (fig, ax):
-        for run, label, fill in points:
-            minutes = sum(run.record.seconds_per_epoch) / 60
-            accuracy = 100 * run.record.test_accuracy
-            ax.scatter(minutes, accuracy, s=50, facecolors=fill, edgecolors=BLUE, zorder=3)
-            ax.annotate(label, (minutes, accuracy), xytext=(7, 5), textcoords="offset points")
+        for run in [*references.values(), *shown]:
+            yours, colour = run in shown, colour_of(run)
+            ax.scatter(
+                sum(run.record.seconds_per_epoch) / 60,
+                100 * run.record.test_accuracy,
+                s=60,
+                facecolors="none" if yours else colour,
+                edgecolors=colour,
+                zorder=3,
+                label=f"{'yours: ' if yours else ''}{title_of(run)}",
+            )
         ax.set_xscale("log")
         _plain_log_ticks(ax.xaxis)
         ax.margins(x=0.2, y=0.2)
         ax.set_xlabel("training time in minutes")
         ax.set_ylabel("test accuracy (%)")
         ax.grid(visible=True)
+        handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        if handles:  # each label once, beside the axes: points may lie close together
+            ax.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1, 1))
         show(fig, "Test accuracy of each model against its training time")
 
 

@@ -144,7 +144,7 @@ def test_the_cost_figure_draws_accuracy_against_minutes(executed, shown_figures,
         pytest.approx((sum(run.record.seconds_per_epoch) / 60, 100 * run.record.test_accuracy))
         for run in (reference, near)
     ]
-    texts = [text.get_text() for text in ax.texts]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts == [SETTINGS["a1"].title, f"yours: {SETTINGS['b'].title}"]
     assert capsys.readouterr().out == "1 of your runs are below 98.0 % and not shown.\n"
 
