@@ -12,13 +12,14 @@ PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 	$(if $(DATASET),-p 'dataset=$(DATASET)') \
 	$(if $(RESULTS_DIR),--results-dir '$(RESULTS_DIR)')
 
-.PHONY: help setup run quick jupyter test test-browser lint html links lock clean
+.PHONY: help setup run sweep quick jupyter test test-browser lint html links lock clean
 
 help:
 	@echo 'make run      train every model by papermill, then compare them (some 100 minutes)'
 	@echo '              also: EPOCHS= BATCH_SIZE= SEED= TRAIN_SAMPLES= PRECISION= DATASET='
 	@echo '              RESULTS_DIR= MODELS="a1 a2 b c c7"'
 	@echo 'make quick    the same on 1,000 images and 2 epochs (under 5 minutes)'
+	@echo 'make sweep    SEEDS=0-4 MODELS="a1 a2": many runs on Dask; SCHEDULER= for a cluster'
 	@echo 'make jupyter  open the notebooks in JupyterLab'
 	@echo 'make test     run the tests'
 	@echo 'make test-browser  try the notebooks in JupyterLab, in Chromium'
@@ -37,6 +38,10 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 run: $(INSTALLED)
 	@$(BIN)/python -m mnist_utils run $(if $(MODELS),--models $(MODELS)) $(PARAMETERS)
+
+sweep: $(INSTALLED)
+	@$(BIN)/python -m mnist_utils sweep $(if $(MODELS),--models $(MODELS)) \
+		$(if $(SEEDS),--seeds '$(SEEDS)') $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(PARAMETERS)
 
 quick: EPOCHS := 2
 quick: TRAIN_SAMPLES := 1000
@@ -66,7 +71,7 @@ links:
 
 # Pins what pyproject.toml allows, for every Python that it allows; needs uv.
 lock:
-	uv pip compile --universal --python-version 3.10 --extra dev --no-annotate --no-header \
+	uv pip compile --universal --python-version 3.10 --extra dev --extra sweep --no-annotate --no-header \
 		--output-file requirements.txt pyproject.toml
 
 clean:

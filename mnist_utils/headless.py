@@ -33,6 +33,7 @@ from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
 SMALLEST_FIRST = sorted(SETTINGS, key=["a2", "a1", "c", "c7", "b", *SETTINGS].index)
 COMPARISON = "6_comparison"
 EXECUTED = "executed.ipynb"
+FAILED = "failed.ipynb"
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,7 @@ def execute(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str |
 
 
 def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str | None:
-    executing, executed, failed = (
-        folder / name for name in ("executing.ipynb", EXECUTED, "failed.ipynb")
-    )
+    executing, executed, failed = (folder / name for name in ("executing.ipynb", EXECUTED, FAILED))
     executed.unlink(missing_ok=True)
     os.environ[CODE_VARIABLE] = code_sha256(notebook)
     try:

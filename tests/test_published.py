@@ -158,7 +158,7 @@ def test_the_readme_quotes_the_records():
 def test_the_readme_names_every_parameter_and_every_make_variable():
     makefile = (ROOT / "Makefile").read_text()
     parameters = re.findall(r"^(\w+) = ", parameters_cell("4_model_c"), re.MULTILINE)
-    for name in [*parameters, *re.findall(r"\$\(if \$\((\w+)\)", makefile)]:
+    for name in [*parameters, *re.findall(r"\$\(if \$\(([A-Z_]+)\)", makefile)]:
         assert f"`{name}`" in README
 
 

@@ -1,0 +1,229 @@
+"""Many runs on Dask: models x seeds x parameter values, on this machine or on any cluster.
+
+The notebook travels with the task, and the data set where it is not the embedded one; the
+executed notebook, the record and the predictions travel back, and the client writes them. No
+file system is shared.
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+from dask.system import CPU_COUNT
+from distributed import Client, Future, as_completed
+from distributed.scheduler import KilledWorker
+
+from mnist_utils.headless import EXECUTED, FAILED, Task, execute, first_line, make_task
+from mnist_utils.parameters import InputError
+from mnist_utils.plotting import format_seconds
+from mnist_utils.runs import RECORD_FILE, write_whole
+
+PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
+# One thread a run: several runs side by side get more done than one run with all threads.
+ONE_THREAD = {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1", "OMP_NUM_THREADS": "1"}
+TASKS_A_THREAD = 4  # waiting or running at a time, so that the client's memory stays flat
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes back from a worker: the files of the run, and what went wrong, if anything."""
+
+    files: dict[str, bytes]
+    problem: str | None
+    seconds: float
+
+
+def make_tasks(settings: list[str], seeds: Iterable[int], values: dict[str, list]) -> list[Task]:
+    """Return a task for each setting, seed and combination of parameter values.
+
+    Raises InputError for a bad parameter or an unknown setting.
+    """
+    combinations = itertools.product(*values.values())
+    given = [dict(zip(values, combination, strict=True)) for combination in combinations]
+    return [
+        make_task(setting, {**parameters, "seed": seed})
+        for setting, parameters, seed in itertools.product(settings, given, seeds)
+    ]
+
+
+def run_on_worker(notebook: str, given: dict, data: tuple[str, bytes] | None) -> Outcome:
+    """Run a notebook, given as JSON, in an empty folder of the worker's, and return its files.
+
+    ``data`` is the name and content of the data set's file, None for the embedded one.
+    """
+    began = time.perf_counter()
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as temporary:
+        os.chdir(temporary)  # relative, so that no path of the worker's gets into the notebook
+        os.environ.update(ONE_THREAD, PYTHONPATH=str(Path(__file__).parents[1]))
+        try:
+            if data:
+                Path(data[0]).write_bytes(data[1])
+                given = {**given, "dataset": data[0]}
+            given = {**given, "results_dir": "runs"}
+            problem = execute(nbformat.reads(notebook, 4), given, Path("executed"))
+            kept = (Path("executed", EXECUTED), Path("executed", FAILED))
+            files = {path.name: path.read_bytes() for path in kept if path.exists()}
+            for path in Path("runs").glob("*/*/*"):
+                if path.name == RECORD_FILE or path.suffix == ".npz":
+                    files[path.name] = path.read_bytes()
+        finally:
+            os.chdir(before)
+    return Outcome(files, problem, time.perf_counter() - began)
+
+
+def write_outcome(task: Task, outcome: Outcome) -> str | None:
+    """Write a run's files, the record last; return what is wrong with the run, if anything."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(outcome.files, key=lambda name: name == RECORD_FILE):
+        write_whole(task.folder / name, outcome.files[name])
+    if outcome.problem:
+        place = f" Its executed copy: {task.folder / FAILED}" if FAILED in outcome.files else ""
+        return outcome.problem.split(" Its executed copy:")[0] + place
+    if not task.finished_run():
+        return "The notebook ran, but left no record."
+    return None
+
+
+def run_sweep(tasks: list[Task], scheduler: str | None = None) -> int:
+    """Run the tasks that are not recorded yet; return the exit code: 0, or 1 where some failed.
+
+    ``scheduler`` is the address of a running Dask scheduler; without it a cluster is started
+    here, one worker process a core, listening on the loopback address only. Raises InputError
+    when the scheduler cannot be reached or a worker's packages differ.
+    """
+    wanted = [task for task in tasks if not task.finished_run()]
+    print(f"{len(tasks)} runs, {len(tasks) - len(wanted)} recorded already.", flush=True)
+    if not wanted:
+        return 0
+    with open_client(scheduler) as client:
+        check_workers(client)
+        failed = _run_wanted(client, wanted)
+    if failed:
+        print(f"{len(failed)} of {len(wanted)} failed.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def open_client(scheduler: str | None) -> Client:
+    """Return a client of the scheduler at an address, or of a new cluster on this machine."""
+    if scheduler is None:
+        # By itself Dask starts a worker process for each few cores; here it is one a core.
+        return Client(
+            n_workers=CPU_COUNT,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        )
+    try:
+        return Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"scheduler is {scheduler!r} ({first_line(error)}); it must be the address of a "
+            "running Dask scheduler, such as tcp://host:8786."
+        ) from None
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions on which a run's numbers depend."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def check_workers(client: Client) -> None:
+    """Raise InputError when a worker's packages are not those of the client."""
+    try:
+        client.wait_for_workers(1, timeout=60)
+    except TimeoutError:
+        raise InputError("The scheduler has had no worker for 60 seconds.") from None
+    here = package_versions()
+    try:
+        workers = client.run(package_versions)
+    except Exception as error:
+        raise InputError(
+            f"A worker cannot run the notebooks: {first_line(error)}; it needs the packages that "
+            "the client has."
+        ) from None
+    for worker, there in workers.items():
+        for package, found in there.items():
+            if found != here[package]:
+                raise InputError(
+                    f"The worker {worker} has {package} {found}; it must be {here[package]}, as "
+                    "on the client."
+                )
+
+
+def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
+    """Run the tasks, few at a time, and write each as it comes back; return those that failed."""
+    left, failed = iter(wanted), []
+    running: dict[Future, Task] = {}
+    began = time.perf_counter()
+    room = TASKS_A_THREAD * max(1, sum(client.nthreads().values()))
+    results = as_completed()
+    data = {
+        path: client.scatter((Path(path).name, Path(path).read_bytes()))
+        for path in {task.parameters.dataset for task in wanted} - {"mnist"}
+    }
+
+    def submit(task: Task) -> None:
+        future = client.submit(
+            run_on_worker,
+            nbformat.writes(task.notebook),
+            task.given,
+            data.get(task.parameters.dataset),
+            pure=False,  # every run is a run of its own
+        )
+        running[future] = task
+        results.add(future)
+
+    for task in itertools.islice(left, room):
+        submit(task)
+    for done, future in enumerate(results, 1):
+        task = running.pop(future)
+        problem = _write_future(task, future)
+        future.release()
+        if problem:
+            failed.append(task)
+        rest = (time.perf_counter() - began) / done * (len(wanted) - done)
+        print(
+            f"[{done}/{len(wanted)}, {len(failed)} failed, about {format_seconds(rest)} left]",
+            f"{task.setting} seed {task.parameters.seed}:",
+            f"FAILED: {problem}" if problem else _result(task),
+            flush=True,
+        )
+        for following in itertools.islice(left, 1):
+            submit(following)
+    return failed
+
+
+def _result(task: Task) -> str:
+    return f"test accuracy {task.finished_run().record.test_accuracy:.2%}"
+
+
+def _write_future(task: Task, future: Future) -> str | None:
+    """Write what a future brings; return in a sentence what went wrong, if anything."""
+    try:
+        return write_outcome(task, future.result())
+    except KilledWorker as error:
+        return (
+            f"Its worker died {error.allowed_failures + 1} times while it ran, perhaps for lack of "
+            "memory."
+        )
+    except Exception as error:  # one run's trouble must not stop the others
+        return f"{first_line(error)}."
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of "0-4" or "0,2,7-9"; raise InputError for anything else."""
+    seeds = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"seeds is {text!r}; it must be like 0-4 or 0,2,7-9.")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return list(dict.fromkeys(seeds))

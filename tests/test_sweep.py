@@ -1,0 +1,251 @@
+"""Sweeps on real Dask processes; a notebook of milliseconds stands in where many runs matter."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from threading import Thread
+
+import nbformat
+import psutil
+import pytest
+from conftest import ROOT, output_text, python
+
+from mnist_utils.headless import Task
+from mnist_utils.parameters import InputError, check_parameters
+from mnist_utils.runs import load_runs
+from mnist_utils.sweep import make_tasks, parse_seeds, run_sweep
+
+# Saves a record as a model notebook does, but of a run that took no time.
+STAND_IN = """
+import hashlib, io, json, os, pathlib, time
+import numpy as np
+
+time.sleep(seconds)
+record = json.loads(template)
+record["run"].update(epochs=1, seed=seed)
+content = io.BytesIO()
+np.savez(content, predicted=np.zeros(3, "uint8"), labels=np.zeros(3, "uint8"))
+sha256 = hashlib.sha256(content.getvalue()).hexdigest()
+record["predictions"] = {"file": "predictions.npz", "sha256": sha256}
+record["code_sha256"] = os.environ["MNIST_UTILS_CODE_SHA256"]
+folder = pathlib.Path(results_dir) / "a1" / "run"
+folder.mkdir(parents=True)
+(folder / "predictions.npz").write_bytes(content.getvalue())
+(folder / "metrics.json").write_text(json.dumps(record))
+if seed == broken:
+    raise RuntimeError("broken")
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path):
+    """Return a function that makes tasks with the stand-in, one for each seed."""
+    reference = next(ROOT.glob("results/a1/*/metrics.json")).read_text()
+    record = json.loads(reference)
+    for values in (*record["history"].values(), record["seconds_per_epoch"]):
+        del values[1:]
+
+    def make(count, seconds=0.0, broken=None):
+        notebook = nbformat.v4.new_notebook()
+        notebook.metadata.kernelspec = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+        parameters = nbformat.v4.new_code_cell(
+            "seed = results_dir = None\n"
+            f"seconds, broken, template = {seconds}, {broken}, {json.dumps(record)!r}",
+            metadata={"tags": ["parameters"]},
+        )
+        notebook.cells = [parameters, nbformat.v4.new_code_cell(STAND_IN)]
+        return [
+            Task(
+                "a1",
+                notebook,
+                {"seed": seed},
+                check_parameters(
+                    "a1", epochs=1, batch_size=256, seed=seed, results_dir=str(tmp_path / "runs")
+                ),
+            )
+            for seed in range(count)
+        ]
+
+    return make
+
+
+def start(*arguments, folder: Path) -> subprocess.Popen:
+    folder.mkdir()
+    return subprocess.Popen(
+        python("-m", *arguments), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers, as processes of their own in folders of their own."""
+    file = tmp_path / "scheduler.json"
+    listen = ("--host", "127.0.0.1")
+    processes = [
+        start(
+            *("distributed.cli.dask_scheduler", *listen, "--port", 0, "--no-dashboard"),
+            *("--scheduler-file", file),
+            folder=tmp_path / "scheduler",
+        )
+    ]
+    deadline = time.monotonic() + 60
+    while not file.exists() or not file.read_text().endswith("}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    address = json.loads(file.read_text())["address"]
+    processes += [
+        start(
+            *("distributed.cli.dask_worker", address, *listen, "--nthreads", 1),
+            *("--no-nanny", "--no-dashboard", "--name", name),
+            folder=tmp_path / name,
+        )
+        for name in ("first", "second")
+    ]
+    yield address, processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def seeds(folder):
+    runs, problems = load_runs(folder)
+    assert problems == []
+    return sorted(run.record.run.seed for run in runs)
+
+
+def kill_in_mid_run(worker: subprocess.Popen) -> None:
+    """Kill a worker as soon as a notebook's kernel runs below it."""
+    while not started(worker):
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGKILL)
+
+
+def started(process: subprocess.Popen) -> bool:
+    """Is a notebook's kernel running below this process?"""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return any("ipykernel_launcher" in child.cmdline() for child in children)
+
+
+def test_every_run_is_recorded_once_though_a_worker_is_killed(cluster, stand_ins, tmp_path, capsys):
+    address, (_, first, _) = cluster
+    tasks = stand_ins(6, seconds=1)
+    killer = Thread(target=kill_in_mid_run, args=(first,), daemon=True)
+    killer.start()
+    assert run_sweep(tasks, address) == 0
+    killer.join(timeout=10)
+    assert first.wait(timeout=10) == -signal.SIGKILL
+    assert seeds(tmp_path / "runs") == list(range(6))
+    assert all(task.finished_run() for task in tasks)
+    assert capsys.readouterr().out.count("test accuracy") == 6
+    # What is recorded is not run again, and needs no cluster.
+    assert run_sweep(tasks, "tcp://127.0.0.1:1") == 0
+    assert capsys.readouterr().out == "6 runs, 6 recorded already.\n"
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_recorded(stand_ins, tmp_path, capsys):
+    tasks = stand_ins(3, broken=1)
+    assert run_sweep(tasks) == 1
+    output = capsys.readouterr()
+    (line,) = [line for line in output.out.splitlines() if "FAILED" in line]
+    assert "a1 seed 1: FAILED: RuntimeError: broken. Its executed copy: " in line
+    assert Path(line.split("executed copy: ")[1]).is_file()
+    assert str(tmp_path) in line
+    assert "1 of 3 failed." in output.err
+    assert all(task.finished_run() for task in (tasks[0], tasks[2]))
+    assert not tasks[1].finished_run()
+
+
+def test_a_real_model_travels_to_a_worker_and_back(small_mnist, tmp_path):
+    command = python(
+        *("-m", "mnist_utils", "sweep", "--models", "a2", "--seeds", "0,1"),
+        *("-p", "epochs=1", "-p", "batch_size=64", "-p", f"dataset={small_mnist}"),
+        *("--results-dir", tmp_path / "runs"),
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs, problems = load_runs(tmp_path / "runs")
+    assert problems == []
+    assert [run.record.run.seed for run in runs] == [0, 1]
+    for run in runs:
+        assert run.record.run.dataset.startswith("small-")
+        # Nothing of the worker's folders is in what came back.
+        outputs = output_text(nbformat.read(run.folder / "executed.ipynb", 4))
+        assert "Saved the run in runs/a2/" in outputs
+    assert "[2/2, 0 failed, about 0.0 s left] a2 seed" in done.stdout
+
+
+def test_a_scheduler_that_cannot_be_reached_is_named(stand_ins):
+    with pytest.raises(InputError, match=r"scheduler is 'tcp://127\.0\.0\.1:1'.*it must be"):
+        run_sweep(stand_ins(1), "tcp://127.0.0.1:1")
+
+
+def test_a_worker_with_other_packages_is_named(cluster, stand_ins, monkeypatch):
+    address, _ = cluster
+    here = {"mnist-notebooks": "9.9", "tensorflow": "1", "keras": "1", "numpy": "1"}
+    monkeypatch.setattr("mnist_utils.sweep.package_versions", Versions(here))
+    with pytest.raises(InputError, match=r"has mnist-notebooks 0\.1\.0; it must be 9\.9"):
+        run_sweep(stand_ins(1), address)
+
+
+class Versions:
+    """Gives other versions on the client; on a worker it becomes the real function."""
+
+    def __init__(self, here):
+        self.here = here
+
+    def __call__(self):
+        return self.here
+
+    def __reduce__(self):
+        return eval, ("__import__('mnist_utils.sweep').sweep.package_versions",)
+
+
+def test_tasks_are_models_times_seeds_times_values(tmp_path):
+    tasks = make_tasks(["a1", "a2"], [0, 1], {"epochs": [1, 2], "results_dir": [str(tmp_path)]})
+    assert len({task.folder for task in tasks}) == len(tasks) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0-4", [0, 1, 2, 3, 4]), ("3", [3]), ("0,2,7-9", [0, 2, 7, 8, 9])]
+)
+def test_seeds_are_read(text, expected):
+    assert parse_seeds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "-1", "a", "1-", "1.5", "0-4-5"])
+def test_bad_seeds_are_refused(text):
+    with pytest.raises(InputError, match="it must be like 0-4"):
+        parse_seeds(text)
+
+
+def test_an_interrupt_ends_the_sweep_and_its_workers(small_mnist, tmp_path):
+    process = subprocess.Popen(
+        python(
+            *("-m", "mnist_utils", "sweep", "--models", "a2", "--seeds", "0-9"),
+            *("-p", "epochs=100", "-p", "batch_size=64", "-p", f"dataset={small_mnist}"),
+            *("--results-dir", tmp_path / "runs"),
+        ),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    deadline = time.monotonic() + 60
+    while not started(process) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    assert "Interrupted. What is recorded is kept" in output
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
