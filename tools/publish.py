@@ -2,9 +2,10 @@
 
 Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.py
 
-Takes each run with the reference parameters that the present code cells made. Its record and
-predictions go to results/, its outputs into the notebook, its figures into the prose. Last, the
-comparison is executed over results/ alone, and its table and figure go into the README.
+Takes each run that the present code cells made with the reference parameters, or with another
+seed or precision. Its record and predictions go to results/; of a reference run the outputs go
+into the notebook and the figures into the prose. Last, the comparison is executed over results/
+alone, and its table and figure go into the README.
 """
 
 import base64
@@ -20,6 +21,7 @@ from mnist_utils.comparison import reference_runs, reference_sentence, summary_t
 from mnist_utils.headless import code_sha256
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import RECORD_FILE, Run, load_runs
+from mnist_utils.spread import over_seeds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -27,8 +29,12 @@ README_FIGURE = RESULTS / "accuracy_and_time.png"
 
 
 def main() -> None:
-    for setting, run in reference_runs(load_runs(ROOT / "runs")[0]).items():
-        publish_run(setting, run)
+    runs = load_runs(ROOT / "runs")[0]
+    outputs = [run.folder for run in reference_runs(runs).values()]
+    for precision in ("float32", "mixed_bfloat16"):
+        for setting, group in over_seeds(runs, precision).items():
+            for run in group:
+                publish_run(setting, run, with_outputs=run.folder in outputs)
     references = reference_runs(load_runs(RESULTS)[0])
     for name in {setting.notebook for setting in SETTINGS.values()}:
         own = {s: run for s, run in references.items() if SETTINGS[s].notebook == name}
@@ -37,25 +43,28 @@ def main() -> None:
     write_readme(references)
 
 
-def publish_run(setting: str, run: Run) -> None:
+def publish_run(setting: str, run: Run, with_outputs: bool) -> None:
     """Copy a run to results/, and its outputs into the notebook if it ran with the defaults."""
+    name = f"{setting}, {run.record.run.precision}, seed {run.record.run.seed}"
     path = ROOT / f"notebooks/{SETTINGS[setting].notebook}.ipynb"
     notebook = nbformat.read(path, 4)
     executed = clean(nbformat.read(run.folder / "executed.ipynb", 4))
     if not run.record.code_sha256 == code_sha256(notebook) == code_sha256(executed):
-        print(f"{setting}: left out, other code cells made it")
+        print(f"{name}: left out, other code cells made it")
         return
     folder = RESULTS / run.folder.parent.name / run.folder.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in (RECORD_FILE, run.record.predictions.file):
         shutil.copy(run.folder / file, folder)
+    print(f"{name}: published")
+    if not with_outputs:
+        return
     if any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells):
         write_notebook(executed, folder / "executed.ipynb")
     else:
         take_outputs(notebook, executed)
         write_notebook(notebook, path)
-    print(f"{setting}: published")
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
