@@ -15,7 +15,7 @@ PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 .PHONY: help setup run sweep quick jupyter test test-browser lint html links lock clean
 
 help:
-	@echo 'make run      train every model by papermill, then compare them (some 100 minutes)'
+	@echo 'make run      train every model by papermill, then compare them (some 120 minutes)'
 	@echo '              also: EPOCHS= BATCH_SIZE= SEED= TRAIN_SAMPLES= PRECISION= DATASET='
 	@echo '              RESULTS_DIR= MODELS="a1 a2 b c c7"'
 	@echo 'make quick    the same on 1,000 images and 2 epochs (under 5 minutes)'
