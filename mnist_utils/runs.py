@@ -324,6 +324,7 @@ def describe_environment() -> dict[str, str | int]:
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     count_cores = getattr(os, "sched_getaffinity", None)
+    cores = len(count_cores(0)) if count_cores else os.cpu_count() or 1
     return {
         "python": platform.python_version(),
         "tensorflow": tf.__version__,
@@ -331,7 +332,9 @@ def describe_environment() -> dict[str, str | int]:
         "numpy": np.__version__,
         "system": platform.system(),
         "processor": _processor(),
-        "cores": len(count_cores(0)) if count_cores else os.cpu_count() or 1,
+        "cores": cores,
+        # A sweep gives each run one thread, by this variable of TensorFlow's.
+        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or cores),
         "device": details[0].get("device_name", "GPU") if gpus else "CPU",
     }
 

@@ -174,6 +174,7 @@ def test_a_real_model_travels_to_a_worker_and_back(small_mnist, tmp_path):
     assert [run.record.run.seed for run in runs] == [0, 1]
     for run in runs:
         assert run.record.run.dataset.startswith("small-")
+        assert run.record.environment["threads"] == 1
         # Nothing of the worker's folders is in what came back.
         outputs = output_text(nbformat.read(run.folder / "executed.ipynb", 4))
         assert "Saved the run in runs/a2/" in outputs
