@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
@@ -70,10 +71,7 @@ def make_task(setting: str, given: dict) -> Task:
         raise InputError(f"models has {setting!r}; it must be some of {', '.join(SETTINGS)}.")
     name, _, own = SETTINGS[setting]
     path = notebook_path(name)
-    defaults = {
-        key: ast.literal_eval(parameter["default"])
-        for key, parameter in papermill.inspect_notebook(str(path)).items()
-    }
+    notebook, defaults = _read_once(path, path.stat().st_mtime_ns)
     for key, value in given.items():
         if key not in defaults:
             raise InputError(f"{key} is not a parameter of {name}; it has {', '.join(defaults)}.")
@@ -83,7 +81,21 @@ def make_task(setting: str, given: dict) -> Task:
     wanted = {**own, **given}
     given = {key: value for key, value in wanted.items() if value != defaults[key]}
     parameters = check_parameters(SETTINGS[setting].model, **{**defaults, **wanted})
-    return Task(setting, read_notebook(path), given, parameters)
+    return Task(setting, notebook, given, parameters)
+
+
+@lru_cache
+def _read_once(path: Path, modified: int) -> tuple[nbformat.NotebookNode, dict]:
+    """Return a notebook and its parameters' defaults; a thousand tasks share one copy.
+
+    ``modified`` is the file's time in nanoseconds: a notebook that was edited is read again.
+    """
+    notebook = read_notebook(path)
+    defaults = {
+        key: ast.literal_eval(parameter["default"])
+        for key, parameter in papermill.inspect_notebook(str(path)).items()
+    }
+    return notebook, defaults
 
 
 def notebook_path(name: str) -> Path:

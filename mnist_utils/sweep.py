@@ -173,7 +173,7 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
     def submit(task: Task) -> None:
         future = client.submit(
             run_on_worker,
-            nbformat.writes(task.notebook),
+            to_send(task.notebook),
             task.given,
             data.get(task.parameters.dataset),
             pure=False,  # every run is a run of its own
@@ -199,6 +199,12 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
         for following in itertools.islice(left, 1):
             submit(following)
     return failed
+
+
+def to_send(notebook: nbformat.NotebookNode) -> str:
+    """Return a notebook as JSON without its outputs, nine tenths of it, that a run makes anew."""
+    cells = [{**cell, "outputs": []} if "outputs" in cell else cell for cell in notebook.cells]
+    return nbformat.writes(nbformat.from_dict({**notebook, "cells": cells}))
 
 
 def _result(task: Task) -> str:
