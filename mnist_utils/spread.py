@@ -136,6 +136,39 @@ def _corrected(p_values: dict[tuple[str, str], float]) -> dict[tuple[str, str], 
     return dict(zip(p_values, map(float, corrected), strict=True))
 
 
+def precision_table(
+    groups: dict[str, list[Run]], others: dict[str, list[Run]], precision: str
+) -> PrettyTable:
+    """Return, for each setting that has runs of both, what another precision does to accuracy.
+
+    ``groups`` are the float32 runs, ``others`` those in ``precision``. The interval is that of
+    the difference of the means, by Welch's t-test; p is corrected by Holm's method.
+    """
+    both = [s for s in groups if len(groups[s]) > 1 and len(others.get(s, [])) > 1]
+    columns = [f"accuracy (%), {name}" for name in ("float32", precision)]
+    table = PrettyTable(["Model", "n", *columns, "difference", "95 % interval", "verdict"])
+    tests, rows = {}, {}
+    for setting in both:
+        accuracies = [
+            np.array([100 * run.record.test_accuracy for run in runs])
+            for runs in (groups[setting], others[setting])
+        ]
+        test = stats.ttest_ind(*reversed(accuracies), equal_var=False)
+        low, high = test.confidence_interval(1 - LEVEL)
+        tests[setting, precision] = test.pvalue
+        rows[setting] = [
+            SETTINGS[setting].title,
+            " and ".join(str(len(values)) for values in accuracies),
+            *(_mean_and_deviation(values, 2) for values in accuracies),
+            f"{accuracies[1].mean() - accuracies[0].mean():+.2f}",
+            f"{low:+.2f} to {high:+.2f}",
+        ]
+    for (setting, _), p in _corrected(tests).items():
+        verdict = "a difference" if p < LEVEL else "no difference shown"
+        table.add_row([*rows[setting], f"{verdict}, {_p_text(p)}"])
+    return table
+
+
 def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
     """Return a matrix of all pairs: over seeds above the diagonal, over images below it.
 
@@ -161,11 +194,14 @@ def _verdict(groups, first, second, p, count: int | None = None) -> str:
     """Return the better of two settings, if the test shows one; ``count`` runs are compared."""
     if p is None:
         return "n = 1: not known"
-    shown = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
     if p >= LEVEL:
-        return f"no difference shown, {shown}"
+        return f"no difference shown, {_p_text(p)}"
     means = [mean_accuracy(groups[s][:count]) for s in (first, second)]
-    return f"{SETTINGS[first if means[0] > means[1] else second].title}, {shown}"
+    return f"{SETTINGS[first if means[0] > means[1] else second].title}, {_p_text(p)}"
+
+
+def _p_text(p: float) -> str:
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def mean_accuracy(runs: list[Run]) -> float:

@@ -10,6 +10,7 @@ from mnist_utils.spread import (
     difference_matrix,
     image_tests,
     over_seeds,
+    precision_table,
     ranking_text,
     seed_tests,
     spread_table,
@@ -142,3 +143,31 @@ def test_the_ranking_is_answered_in_words(stand_in):
         "CNN A.1 over CNN A.2: not so here; the order is the other way round "
         "(shown over test images)." in text
     )
+
+
+def test_the_precision_table_tells_a_cost_from_chance(stand_in):
+    def accuracies(counts, precision):
+        runs = [
+            stand_in("a1", seed, range(wrong), precision=precision)
+            for seed, wrong in enumerate(counts)
+        ]
+        return over_seeds(runs, precision)
+
+    full = accuracies([10, 11, 12, 11, 10], "float32")
+    worse = precision_table(
+        full, accuracies([20, 22, 21, 20, 23], "mixed_bfloat16"), "mixed_bfloat16"
+    )
+    (row,) = worse.rows
+    assert row[:2] == [SETTINGS["a1"].title, "5 and 5"]
+    # 10.8 errors in 1,000 against 21.2; the interval as scipy gives it, the other way round.
+    assert row[4] == "-1.04"
+    low, high = stats.ttest_ind(
+        [98.0, 97.8, 97.9, 98.0, 97.7], [99.0, 98.9, 98.8, 98.9, 99.0], equal_var=False
+    ).confidence_interval(0.95)
+    assert row[5] == f"{low:+.2f} to {high:+.2f}"
+    assert row[6] == "a difference, p < 0.001"
+    same = precision_table(
+        full, accuracies([11, 10, 10, 12, 11], "mixed_bfloat16"), "mixed_bfloat16"
+    )
+    assert same.rows[0][6] == "no difference shown, p = 1.000"
+    assert precision_table(full, {}, "mixed_bfloat16").rows == []
