@@ -12,7 +12,7 @@ PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 	$(if $(DATASET),-p 'dataset=$(DATASET)') \
 	$(if $(RESULTS_DIR),--results-dir '$(RESULTS_DIR)')
 
-.PHONY: help setup run sweep quick jupyter test test-browser lint html links lock clean
+.PHONY: help setup run sweep quick jupyter test test-browser bench bench-sweep lint html links lock clean
 
 help:
 	@echo 'make run      train every model by papermill, then compare them (some 120 minutes)'
@@ -23,6 +23,8 @@ help:
 	@echo 'make jupyter  open the notebooks in JupyterLab'
 	@echo 'make test     run the tests'
 	@echo 'make test-browser  try the notebooks in JupyterLab, in Chromium'
+	@echo 'make bench    measure speed beside other code (two hours); MODELS="a2 a1" ROUNDS=3'
+	@echo 'make bench-sweep  measure what a run costs a sweep'
 	@echo 'make html     write the notebooks as a static site, in site/'
 	@echo 'make links    REPO=owner/name: set the public name that badges lead to'
 	@echo 'make lint     check style and format'
@@ -58,6 +60,13 @@ test-browser: $(INSTALLED)
 		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } || \
 		{ echo 'Chromium is needed: install it, on Debian with: apt-get install chromium' >&2; exit 1; }
 	$(BIN)/python -m pytest -m browser tests/browser
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt
+	$(BIN)/python benchmarks/measure.py $(if $(MODELS),--models $(MODELS)) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench-sweep: $(INSTALLED)
+	$(BIN)/python benchmarks/many_runs.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

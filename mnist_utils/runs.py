@@ -331,7 +331,7 @@ def describe_environment() -> dict[str, str | int]:
         "keras": keras.__version__,
         "numpy": np.__version__,
         "system": platform.system(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores,
         # A sweep gives each run one thread, by this variable of TensorFlow's.
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or cores),
@@ -339,7 +339,8 @@ def describe_environment() -> dict[str, str | int]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor; never a host."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

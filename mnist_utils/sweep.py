@@ -123,7 +123,7 @@ def open_client(scheduler: str | None) -> Client:
         )
     try:
         return Client(scheduler, timeout=10)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: tls:// without certificates
         raise InputError(
             f"scheduler is {scheduler!r} ({first_line(error)}); it must be the address of a "
             "running Dask scheduler, such as tcp://host:8786."

@@ -1,0 +1,166 @@
+"""Measure one thing in a process of its own, and print it as JSON: mostly a model's epoch.
+
+Usage: python benchmarks/one.py a2 original|float32|mixed_bfloat16|pytorch [IMAGES]
+       python benchmarks/one.py gemm float32|bfloat16
+       python benchmarks/one.py a1|comparison whole
+       python benchmarks/one.py a1 bare
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+GEMM_SIZE = 4096
+SHORT = 1000  # training images where the time around the training is measured
+
+
+def load_data(images: int | None):
+    from mnist_utils.data import load_mnist
+
+    (x_train, y_train), (x_test, y_test) = load_mnist()
+    return (x_train[:images], y_train[:images]), (x_test, y_test)
+
+
+def timed_fit(run) -> float:
+    """Return the seconds of the one ``fit`` that ``run()`` calls, after two steps to warm up."""
+    from mnist_utils.training import keras
+
+    seconds = []
+    fit = keras.Model.fit
+
+    def warm_and_timed(model, x, y=None, **options):
+        few = (x.take(2), None) if y is None else (x[:512], y[:512])
+        fit(model, *few, validation_data=few[0] if y is None else few, verbose=0)
+        began = time.perf_counter()
+        history = fit(model, x, y, **options)
+        seconds.append(time.perf_counter() - began)
+        assert history.history["val_accuracy"][-1] > 0.1, "the model learnt nothing"
+        return history
+
+    keras.Model.fit = warm_and_timed
+    with contextlib.redirect_stdout(io.StringIO()):
+        run()
+    (only,) = seconds
+    return only
+
+
+def train_original(name: str, images: int | None) -> float:
+    import original
+
+    return timed_fit(lambda: original.train(name, load_data(images)))
+
+
+def read_cells(name: str) -> list:
+    """Return the code cells of a model's notebook."""
+    from mnist_utils.headless import notebook_path, read_notebook
+    from mnist_utils.parameters import SETTINGS
+
+    cells = read_notebook(notebook_path(SETTINGS[name].notebook)).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def train_notebook(name: str, precision: str, images: int | None) -> float:
+    """Run the notebook's own cells up to ``fit``, for one epoch in this precision."""
+    cells = read_cells(name)
+    given = {"epochs": 1, "precision": precision, "train_samples": images}
+    given["results_dir"] = tempfile.mkdtemp()  # the notebook tries it; nothing is saved
+
+    def run():
+        variables = {}
+        for cell in cells:
+            tags = cell.metadata.get("tags", [])
+            if "setup" in tags:
+                continue
+            exec(cell.source, variables)
+            if "parameters" in tags:
+                variables.update(given)
+            if "model.fit(" in cell.source:
+                return
+
+    return timed_fit(run)
+
+
+def run_whole(name: str) -> None:
+    """Run a notebook by papermill, as make run does: a model's for ten short epochs."""
+    from mnist_utils.headless import COMPARISON, execute, notebook_path, read_notebook
+    from mnist_utils.parameters import SETTINGS
+
+    given = {"results_dir": tempfile.mkdtemp()}
+    notebook = COMPARISON
+    if name != "comparison":
+        notebook = SETTINGS[name].notebook
+        given["train_samples"] = SHORT
+    problem = execute(read_notebook(notebook_path(notebook)), given, Path(tempfile.mkdtemp()))
+    assert problem is None, problem
+
+
+def run_bare(name: str) -> None:
+    """Do what a notebook must: load, build, train ten short epochs without a plot, evaluate."""
+    from mnist_utils.data import load_mnist
+    from mnist_utils.training import keras, make_batches, prepare_images, set_up
+
+    set_up(0, "float32")
+    (x_train, labels_train), (x_test, labels_test) = load_mnist("mnist", SHORT, 0)
+    y_train, y_test = (keras.utils.to_categorical(y, 10) for y in (labels_train, labels_test))
+    train_batches = make_batches(prepare_images(x_train), y_train, 256, shuffle_seed=0)
+    test_batches = make_batches(prepare_images(x_test), y_test, 256)
+    variables = {"x_train": prepare_images(x_train), "num_classes": 10}
+    (cell,) = (cell for cell in read_cells(name) if "model = Sequential" in cell.source)
+    exec(cell.source, variables)
+    model = variables["model"]
+    model.compile(
+        loss="categorical_crossentropy", optimizer=keras.optimizers.Adam(), metrics=["accuracy"]
+    )
+    model.fit(train_batches, epochs=10, validation_data=test_batches, shuffle=False, verbose=0)
+    model.evaluate(test_batches, verbose=0)
+
+
+def multiply(precision: str) -> float:
+    """Return the multiply-adds a second of a large matrix product: the machine's limit."""
+    from mnist_utils.training import tf
+
+    a = tf.cast(tf.random.normal([GEMM_SIZE, GEMM_SIZE]), precision)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        tf.matmul(a, a).numpy()
+        seconds.append(time.perf_counter() - began)
+    return GEMM_SIZE**3 / min(seconds)
+
+
+def main(name: str, way: str, images: str | None = None) -> None:
+    os.environ.setdefault("MPLBACKEND", "agg")
+    count = int(images) if images else None
+    if name == "gemm":
+        measured = {"macs_per_second": multiply(way)}
+    elif way == "original":
+        measured = {"seconds": train_original(name, count)}
+    elif way == "pytorch":
+        import plain_pytorch
+
+        measured = {"seconds": plain_pytorch.train(name, load_data(count))}
+    elif way in ("whole", "bare"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            (run_whole if way == "whole" else run_bare)(name)
+        measured = {"seconds": time.time() - psutil.Process().create_time()}
+    else:
+        measured = {"seconds": train_notebook(name, way, count)}
+    # A notebook's kernel is a child of papermill's process. Linux counts in KiB.
+    who = resource.RUSAGE_CHILDREN if way == "whole" else resource.RUSAGE_SELF
+    measured["peak_megabytes"] = resource.getrusage(who).ru_maxrss * 1024 / 1e6
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
