@@ -1,12 +1,14 @@
 """Sweeps on real Dask processes; a notebook of milliseconds stands in where many runs matter."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 from threading import Thread
 
+import dask
 import nbformat
 import psutil
 import pytest
@@ -85,12 +87,32 @@ def start(*arguments, folder: Path) -> subprocess.Popen:
 @pytest.fixture
 def cluster(tmp_path):
     """A scheduler and two workers, as processes of their own in folders of their own."""
+    yield from start_cluster(tmp_path)
+
+
+@pytest.fixture
+def tls_cluster(tmp_path, monkeypatch):
+    """The same, with the configuration that docs/many_runs.md gives for TLS."""
+    page = (ROOT / "docs/many_runs.md").read_text(encoding="utf-8")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    commands = page.split("```sh\n")[1].split("```")[0]
+    subprocess.run(["sh", "-e", "-c", commands], cwd=secret, check=True, capture_output=True)
+    configuration = page.split("```yaml\n")[1].split("```")[0]
+    (secret / "tls.yaml").write_text(configuration.replace("/path/to", str(secret)))
+    monkeypatch.setenv("DASK_CONFIG", str(secret / "tls.yaml"))
+    dask.config.refresh(paths=[str(secret)])
+    yield from start_cluster(tmp_path, "--protocol", "tls")
+    dask.config.refresh()
+
+
+def start_cluster(tmp_path, *options):
     file = tmp_path / "scheduler.json"
     listen = ("--host", "127.0.0.1")
     processes = [
         start(
             *("distributed.cli.dask_scheduler", *listen, "--port", 0, "--no-dashboard"),
-            *("--scheduler-file", file),
+            *("--scheduler-file", file, *options),
             folder=tmp_path / "scheduler",
         )
     ]
@@ -179,6 +201,19 @@ def test_a_real_model_travels_to_a_worker_and_back(small_mnist, tmp_path):
         outputs = output_text(nbformat.read(run.folder / "executed.ipynb", 4))
         assert "Saved the run in runs/a2/" in outputs
     assert "[2/2, 0 failed, about 0.0 s left] a2 seed" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_a_sweep_runs_over_tls_as_the_page_says(tls_cluster, stand_ins, tmp_path):
+    address, _ = tls_cluster
+    assert address.startswith("tls://")
+    tasks = stand_ins(2)
+    nothing = {"distributed.comm.tls.ca-file": None, "distributed.comm.tls.client.cert": None}
+    refused = pytest.raises(InputError, match="scheduler is 'tls://")
+    with dask.config.set(nothing), refused:
+        run_sweep(tasks, address)  # without the key nobody gets in
+    assert run_sweep(tasks, address) == 0
+    assert seeds(tmp_path / "runs") == [0, 1]
 
 
 def test_a_scheduler_that_cannot_be_reached_is_named(stand_ins):
