@@ -1,4 +1,4 @@
-"""Measure what a run costs the client of a sweep, with stand-ins for the training.
+"""Measure what a run costs the client of a sweep, and write docs/many_runs.md's tables.
 
 Usage, by make bench-sweep: python benchmarks/many_runs.py [RUNS ...]
 
@@ -15,11 +15,14 @@ import threading
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from statistics import mean
 
 import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from measure import markdown, write_between_marks  # noqa: E402
 
 from mnist_utils import sweep  # noqa: E402
 from mnist_utils.comparison import reference_runs  # noqa: E402
@@ -27,6 +30,18 @@ from mnist_utils.headless import code_sha256, notebook_path, read_notebook  # no
 from mnist_utils.runs import RECORD_FILE, load_runs  # noqa: E402
 
 WAIT = 0.001  # seconds that the stand-in takes
+PAGE = ROOT / "docs/many_runs.md"
+COLUMNS = {
+    "make_ms": "making a task, ms",
+    "task_kb": "a task in memory, KB",
+    "sweep_ms": "a run, ms of the client",
+    "resume_ms": "looking whether it is recorded, ms",
+    "disk_kb": "a run on disk, KB",
+    "first_half_mb": "client's peak in the first half, MB",
+    "second_half_mb": "in the second half, MB",
+}
+MANY = (1_000, 100_000)
+CORES = (2, 100, 1_000)
 
 
 def make_stand_in():
@@ -85,22 +100,70 @@ def measure(runs: int) -> dict:
             assert sweep.run_sweep(tasks) == 0  # all recorded: nothing to do but look
         looked = time.perf_counter()
         assert len(load_runs(Path(results))[0]) == runs
+        files = [path for path in Path(results).rglob("*") if path.is_file()]
+        disk = sum(path.stat().st_size for path in files)
         middle = len(memory.samples) // 2
     return {
         "runs": runs,
         "make_ms": 1e3 * (made - began) / runs,
         "sweep_ms": 1e3 * (swept - made) / runs,
         "resume_ms": 1e3 * (looked - swept) / runs,
-        "task_bytes": (after_tasks - before) / runs,
+        "task_kb": (after_tasks - before) / 1e3 / runs,
+        "disk_kb": disk / 1e3 / runs,
         "first_half_mb": max(memory.samples[:middle]) / 1e6,
         "second_half_mb": max(memory.samples[middle:]) / 1e6,
     }
 
 
+def measured_table(rows: list[dict]) -> str:
+    """Return the measurements in Markdown."""
+    head = ["runs", *COLUMNS.values()]
+    cells = [[f"{row['runs']:,}", *(f"{row[name]:,.1f}" for name in COLUMNS)] for row in rows]
+    return markdown([head, *cells])
+
+
+def needs_table(last: dict) -> str:
+    """Return in Markdown what many runs need, from what one costs the client and a core."""
+    minutes = mean_core_minutes()
+    rows = [["", *(f"{runs:,} runs" for runs in MANY)]]
+
+    def add(name: str, need) -> None:
+        rows.append([name, *(need(runs) for runs in MANY)])
+
+    add("core hours", lambda runs: f"{runs * minutes / 60:,.0f}")
+    for cores in CORES:
+        add(
+            f"hours on {cores:,} cores",
+            lambda runs, cores=cores: f"{runs * minutes / 60 / cores:,.1f}",
+        )
+    add("minutes of the client's time", lambda runs: f"{runs * last['sweep_ms'] / 6e4:,.1f}")
+    add("minutes to find what is recorded", lambda runs: f"{runs * last['resume_ms'] / 6e4:,.1f}")
+    add("GB that come back, and of disk", lambda runs: f"{runs * last['disk_kb'] / 1e6:,.1f}")
+    add("MB of the client's tasks", lambda runs: f"{runs * last['task_kb'] / 1e3:,.1f}")
+    busy = minutes * 60 / (last["sweep_ms"] / 1e3)
+    return markdown(rows) + (
+        f"\n\nA run takes {minutes:.0f} core-minutes in the mean over the settings, by the "
+        f"reference runs, and {last['sweep_ms']:.0f} ms of the client. So one client keeps about "
+        f"{busy:,.0f} cores busy."
+    )
+
+
+def mean_core_minutes() -> float:
+    """Return what a reference run takes of one core, in minutes, in the mean over the settings."""
+    runs = reference_runs(load_runs(ROOT / "results")[0]).values()
+    return mean(
+        sum(run.record.seconds_per_epoch) / 60 * int(run.record.environment["cores"])
+        for run in runs
+    )
+
+
 def main() -> None:
     sweep.run_on_worker = make_stand_in()
+    rows = []
     for runs in map(int, sys.argv[1:] or ["200", "1000", "5000"]):
-        print(json.dumps({name: round(value, 2) for name, value in measure(runs).items()}))
+        rows.append(measure(runs))
+        print(json.dumps(rows[-1]), flush=True)
+    write_between_marks(PAGE, measured_table(rows) + "\n\n" + needs_table(rows[-1]))
 
 
 if __name__ == "__main__":

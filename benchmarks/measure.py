@@ -146,12 +146,15 @@ def report() -> None:
     if "a1" in rounds and "around" in everything:
         epoch = median(row["float32"]["seconds"] for row in rounds["a1"])
         parts.append(around_text(everything["around"], epoch))
-    readme = HERE / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    text = before + BEGIN + "\n\n".join(parts) + "\n" + END + after
-    readme.write_text(text, encoding="utf-8", newline="\n")
+    write_between_marks(HERE / "README.md", "\n\n".join(parts))
     draw(rounds)
+
+
+def write_between_marks(page: Path, content: str) -> None:
+    """Put the content between the marks of a page in Markdown."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    text = before + BEGIN + content + "\n" + END + rest.split(END)[1]
+    page.write_text(text, encoding="utf-8", newline="\n")
 
 
 def machine_text(machine: dict) -> str:

@@ -1,0 +1,66 @@
+"""The benchmarks measure what they say, and their page shows what was measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, python
+
+from mnist_utils.runs import architecture_digest, load_runs
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Return a function that imports a file of benchmarks/."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield __import__
+    for name in ("measure", "original", "many_runs"):
+        sys.modules.pop(name, None)
+
+
+def measured(*arguments) -> dict:
+    command = python(BENCHMARKS / "one.py", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_originals_networks_are_those_of_the_notebooks(benchmark):
+    runs, _ = load_runs(ROOT / "results")
+    recorded = {
+        run.record.model: run.record.architecture.digest
+        for run in runs
+        if run.record.run.model_dump().get("first_kernel_size") != 7
+    }
+    models = benchmark("original").MODELS
+    assert {name: architecture_digest(make()) for name, make in models.items()} == {
+        name: recorded[name] for name in models
+    }
+
+
+@pytest.mark.parametrize("way", ["original", "float32"])
+def test_an_epoch_is_measured(way):
+    one = measured("a2", way, 2560)
+    assert one["seconds"] > 0
+    assert 300 < one["peak_megabytes"] < 10_000
+
+
+def test_the_page_shows_what_was_measured(benchmark, tmp_path, monkeypatch):
+    measure = benchmark("measure")
+    committed = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(committed, encoding="utf-8")
+    monkeypatch.setattr(measure, "HERE", tmp_path)
+    measure.report()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == committed
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_a_sweep_with_stand_ins_records_every_run(benchmark, monkeypatch):
+    many_runs = benchmark("many_runs")
+    monkeypatch.setattr(many_runs.sweep, "run_on_worker", many_runs.make_stand_in())
+    figures = many_runs.measure(12)
+    assert figures["runs"] == 12
+    assert min(figures["sweep_ms"], figures["resume_ms"], figures["disk_kb"]) > 0
