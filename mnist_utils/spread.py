@@ -1,6 +1,7 @@
 """What several runs of a model say together, and whether two models differ."""
 
 from collections.abc import Iterable
+from functools import cache
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -108,24 +109,26 @@ def image_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
     for the two runs with the lowest seed that both have, by statsmodels; corrected for the
     number of pairs by Holm's method.
     """
+    seeds = {setting: {run.record.run.seed: run for run in groups[setting]} for setting in groups}
+
+    @cache  # a run takes part in several pairs
+    def right(setting: str, seed: int) -> np.ndarray:
+        arrays = seeds[setting][seed].predictions()
+        return arrays["predicted"] == arrays["labels"]
+
     p_values = {}
     for first, second in combinations(groups, 2):
-        runs = [{run.record.run.seed: run for run in groups[s]} for s in (first, second)]
-        common = sorted(set(runs[0]) & set(runs[1]))
+        common = set(seeds[first]) & set(seeds[second])
         if common:
-            table = _agreement(runs[0][common[0]], runs[1][common[0]])
+            table = _agreement(right(first, min(common)), right(second, min(common)))
             p_values[first, second] = mcnemar(table, exact=True).pvalue
     return _corrected(p_values)
 
 
-def _agreement(first: Run, second: Run) -> np.ndarray:
+def _agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return how many images both, only the first, only the second and neither get right."""
-    right = [
-        arrays["predicted"] == arrays["labels"]
-        for arrays in (first.predictions(), second.predictions())
-    ]
     return np.array(
-        [[np.sum((right[0] == a) & (right[1] == b)) for b in (True, False)] for a in (True, False)]
+        [[np.sum((first == a) & (second == b)) for b in (True, False)] for a in (True, False)]
     )
 
 

@@ -64,3 +64,9 @@ def test_a_sweep_with_stand_ins_records_every_run(benchmark, monkeypatch):
     figures = many_runs.measure(12)
     assert figures["runs"] == 12
     assert min(figures["sweep_ms"], figures["resume_ms"], figures["disk_kb"]) > 0
+
+
+def test_the_comparison_is_timed_from_its_kernel_to_its_last_cell():
+    one = measured("comparison", "opened")
+    assert one["seconds"] > 0
+    assert 50 < one["peak_megabytes"] < 10_000
