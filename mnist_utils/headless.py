@@ -31,7 +31,8 @@ from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
 
 # A model that is added later comes after these.
-SMALLEST_FIRST = sorted(SETTINGS, key=["a2", "a1", "c", "c7", "b", *SETTINGS].index)
+SIZES = ["d-speed", "a2", "a1", "d-accuracy", "c", "c7", "b"]
+SMALLEST_FIRST = sorted(SETTINGS, key=[*SIZES, *SETTINGS].index)
 COMPARISON = "6_comparison"
 EXECUTED = "executed.ipynb"
 FAILED = "failed.ipynb"
@@ -69,7 +70,7 @@ def make_task(setting: str, given: dict) -> Task:
     """
     if setting not in SETTINGS:
         raise InputError(f"models has {setting!r}; it must be some of {', '.join(SETTINGS)}.")
-    name, _, own = SETTINGS[setting]
+    name, _, own, _ = SETTINGS[setting]
     path = notebook_path(name)
     notebook, defaults = _read_once(path, path.stat().st_mtime_ns)
     for key, value in given.items():

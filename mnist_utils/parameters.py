@@ -12,11 +12,15 @@ TRAIN_IMAGES = 60_000
 
 
 class Setting(NamedTuple):
-    """A row of the comparison: a notebook and, where it has some of its own, its parameters."""
+    """A row of the comparison: a notebook, and its own parameters where it has some.
+
+    ``epochs`` are those of the reference run.
+    """
 
     notebook: str
     title: str
-    own: dict[str, int] = {}  # noqa: RUF012
+    own: dict[str, int | str] = {}  # noqa: RUF012
+    epochs: int = 10
 
     @property
     def model(self) -> str:
@@ -30,6 +34,8 @@ SETTINGS = {
     "b": Setting("3_model_b", "CNN B"),
     "c": Setting("4_model_c", "CNN C", {"first_kernel_size": 2}),
     "c7": Setting("4_model_c", "CNN C, 7X7 first", {"first_kernel_size": 7}),
+    "d-speed": Setting("5_model_d", "CNN D, speed", {"budget": "speed"}, 3),
+    "d-accuracy": Setting("5_model_d", "CNN D, accuracy", {"budget": "accuracy"}, 14),
 }
 MODELS = tuple(dict.fromkeys(setting.model for setting in SETTINGS.values()))
 
@@ -42,7 +48,9 @@ ALLOWED = {
     "precision": '"float32", "mixed_bfloat16" or, on a GPU, "mixed_float16"',
     "results_dir": "None (the folder runs/) or the path of a folder that can be written",
     "first_kernel_size": "a whole number from 1 to 28",
+    "budget": '"speed" or "accuracy"',
 }
+OWN = ("first_kernel_size", "budget")  # what only one model has
 
 
 class InputError(ValueError):
@@ -71,6 +79,7 @@ class Parameters(BaseModel):
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     results_dir: str | None = None
     first_kernel_size: Annotated[int, Field(ge=1, le=28)] | None = None
+    budget: Literal["speed", "accuracy"] | None = None
     dataset_name: str = "mnist"
 
     def recorded(self) -> dict:
@@ -79,9 +88,11 @@ class Parameters(BaseModel):
             include={"epochs", "batch_size", "seed", "train_samples", "precision"}
         )
         run["dataset"] = self.dataset_name
-        if self.first_kernel_size is not None:
-            run["first_kernel_size"] = self.first_kernel_size
-        return run
+        return run | self.own()
+
+    def own(self) -> dict[str, int | str]:
+        """Return the parameters that only this model has."""
+        return {name: getattr(self, name) for name in OWN if getattr(self, name) is not None}
 
     def run_folder(self) -> Path:
         """Return the folder of the run with these parameters, whether it is there or not.
@@ -95,8 +106,7 @@ class Parameters(BaseModel):
             self.dataset_name,
             self.precision,
         ]
-        if self.first_kernel_size is not None:
-            parts.append(f"first_kernel_size{self.first_kernel_size}")
+        parts += [f"{name}{value}" for name, value in self.own().items()]
         name = "-".join([*parts, f"seed{self.seed}"])
         return results_folder(self.results_dir) / self.model / name
 
@@ -104,8 +114,12 @@ class Parameters(BaseModel):
 def check_parameters(model: str, **values) -> Parameters:
     """Return the checked parameters of a run of ``model``, one of ``MODELS``.
 
-    Raises InputError, in one sentence that names the parameter, its value and what is allowed.
+    For a model with budgets, ``epochs`` may be None: the budget's own. Raises InputError, in one
+    sentence that names the parameter, its value and what is allowed.
     """
+    given = values
+    if "budget" in values and values.get("epochs") is None:
+        values = values | {"epochs": _epochs_of(values["budget"])}
     try:
         parameters = Parameters(model=model, **values)
     except ValidationError as error:
@@ -116,12 +130,22 @@ def check_parameters(model: str, **values) -> Parameters:
         allowed = ALLOWED.get(name)
         if allowed is None:
             raise InputError(f"{name} is not a parameter of model {model!r}.") from None
-        raise refusal(name, values.get(name), allowed) from None
+        if "budget" in given and name == "epochs":
+            allowed = f"None (as many as the budget takes) or {allowed}"
+        raise refusal(name, given.get(name), allowed) from None
     check_counts(parameters)
     parameters = parameters.model_copy(update={"dataset_name": dataset_name(parameters.dataset)})
     # The run's own folder: whatever lies in its way is better found now than after training.
     writable_folder(parameters.run_folder())
     return parameters
+
+
+def _epochs_of(budget: str) -> int:
+    """Return the epochs that a budget takes. Raises InputError for an unknown one."""
+    for setting in SETTINGS.values():
+        if setting.own.get("budget", ...) == budget:
+            return setting.epochs
+    raise refusal("budget", budget, ALLOWED["budget"])
 
 
 def refusal(name: str, value, allowed: str) -> InputError:

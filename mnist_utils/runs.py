@@ -97,9 +97,15 @@ class Record(_Strict):
     test_loss: NotNegative
     test_accuracy: Fraction
     seconds_per_epoch: list[NotNegative]
+    evaluation_seconds: NotNegative = 0.0  # of an evaluation that belongs to the model's cost
     environment: dict[str, str | int]
     predictions: Predictions
     code_sha256: str | None
+
+    @property
+    def total_seconds(self) -> float:
+        """The seconds of training and validation, and of a costly evaluation."""
+        return sum(self.seconds_per_epoch) + self.evaluation_seconds
 
     @model_validator(mode="after")
     def _one_number_an_epoch(self):
@@ -145,13 +151,15 @@ def save_run(
     test_accuracy: float,
     probabilities: np.ndarray,
     labels: np.ndarray,
+    evaluation_seconds: float = 0.0,
 ) -> None:
     """Save a run's record and predictions, and print where they are.
 
     ``model`` is the trained Keras model, ``probabilities`` its output for the test set (n, 10)
-    and ``labels`` the true classes (n,). The record is wholly there or not there: an older run
-    with the same parameters stays until the new one is whole. Raises InputError for a number
-    that is not finite.
+    and ``labels`` the true classes (n,). ``evaluation_seconds`` is given where the evaluation is
+    part of what the model costs, as with test-time augmentation. The record is wholly there or
+    not there: an older run with the same parameters stays until the new one is whole. Raises
+    InputError for a number that is not finite.
     """
     folder = parameters.run_folder()
     predictions = io.BytesIO()
@@ -172,6 +180,7 @@ def save_run(
         "test_loss": round(test_loss, 6),
         "test_accuracy": round(test_accuracy, 6),
         "seconds_per_epoch": [round(seconds, 3) for seconds in seconds_per_epoch],
+        "evaluation_seconds": round(evaluation_seconds, 3),
         "environment": describe_environment(),
         # Named by its content, so that the older record keeps its own until it is replaced.
         "predictions": {"file": f"predictions-{sha256[:8]}.npz", "sha256": sha256},
@@ -266,7 +275,7 @@ def describe_architecture(model) -> dict:
         "max_pool": "MaxPooling2D" in kinds,
         "padding": any(layer.padding == "same" for layer in convolutions),
         "dropout": "Dropout" in kinds,
-        "batch_normalization": "BatchNormalization" in kinds,
+        "batch_normalization": any("BatchNormalization" in kind for kind in kinds),
         "parameters": model.count_params(),
         "macs": sum(_multiply_adds(layer) for layer in layers),
         "digest": architecture_digest(model),

@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from mnist_utils.comparison import REFERENCE, percent, setting_of
+from mnist_utils.comparison import percent, reference_parameters, setting_of
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import Run
 
@@ -23,12 +23,14 @@ def over_seeds(runs: Iterable[Run], precision: str = "float32") -> dict[str, lis
 
     ``precision`` names another group, such as "mixed_bfloat16"; the two are never mixed.
     """
-    wanted = REFERENCE | {"precision": precision}
     groups = {}
     for run in runs:
-        parameters = run.record.run.model_dump()
+        setting, parameters = setting_of(run), run.record.run.model_dump()
+        if setting is None:
+            continue
+        wanted = reference_parameters(setting) | {"precision": precision}
         if all(parameters[name] == wanted[name] for name in wanted if name != "seed"):
-            groups.setdefault(setting_of(run), []).append(run)
+            groups.setdefault(setting, []).append(run)
     return {
         setting: sorted(groups[setting], key=lambda run: run.record.run.seed)
         for setting in SETTINGS

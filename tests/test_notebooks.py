@@ -6,9 +6,9 @@ import subprocess
 import nbformat
 import numpy as np
 import pytest
-from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, SMALL, code_cells, output_text, python
+from conftest import NOTEBOOKS, ORIGINAL_NOTEBOOKS, ROOT, SMALL, code_cells, output_text, python
 
-from mnist_utils.parameters import SETTINGS
+from mnist_utils.parameters import OWN, SETTINGS
 from mnist_utils.runs import architecture_digest, load_runs
 
 # The original's layer tables: layer, output shape, parameters.
@@ -152,7 +152,7 @@ def test_activations_rates_and_kernels_are_the_originals_too(setting, executed):
     )
 
 
-@pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
+@pytest.mark.parametrize("name", ORIGINAL_NOTEBOOKS)
 def test_training_is_the_originals(name):
     source = "\n".join(c.source for c in code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)))
     for text in (
@@ -175,11 +175,18 @@ def test_the_record_is_what_the_notebook_printed(setting, executed):
     assert "600 train samples\n200 test samples\n" in text
     run = record.run.model_dump()
     assert {name: run[name] for name in SMALL} == SMALL
-    assert run.get("first_kernel_size") == SETTINGS[setting].own.get("first_kernel_size")
+    for name in OWN:
+        assert run.get(name) == SETTINGS[setting].own.get(name)
+
+
+@pytest.mark.parametrize("setting", PARAMETERS)
+def test_the_test_set_is_the_originals_validation_set(setting, executed):
+    record = executed(setting).record
     assert (record.test_loss, record.test_accuracy) == (
         pytest.approx(record.history.val_loss[-1], rel=1e-4),
         pytest.approx(record.history.val_accuracy[-1]),
     )
+    assert record.evaluation_seconds == 0
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -254,7 +261,7 @@ def test_the_notebooks_share_their_common_cells_to_the_letter():
         sources = [cell.source for cell in cells if cell.cell_type == "code"]
         return [s for s in sources if not re.search(r"check_param|Sequential|save_run|epochs =", s)]
 
-    first, *others = map(common, MODEL_NOTEBOOKS)
+    first, *others = map(common, ORIGINAL_NOTEBOOKS)
     for other in others:
         assert set(other) <= set(first)
         assert len(other) >= 9

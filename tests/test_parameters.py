@@ -8,7 +8,7 @@ import pytest
 from conftest import NOTEBOOKS, ROOT, python, write_npz
 
 from mnist_utils import parameters
-from mnist_utils.parameters import InputError, check_parameters
+from mnist_utils.parameters import SETTINGS, InputError, check_parameters
 from mnist_utils.training import GPUS, set_up
 
 GOOD = {"epochs": 10, "batch_size": 256, "seed": 0}
@@ -37,6 +37,8 @@ BAD = [
     ("results_dir", 5),
     ("first_kernel_size", 0),
     ("first_kernel_size", 29),
+    ("budget", "large"),
+    ("budget", 1),
 ]
 
 
@@ -62,6 +64,23 @@ def test_good_values_pass_and_the_folder_is_made(tmp_path):
     assert checked.epochs == 10
     assert checked.run_folder().parents[1] == folder
     assert list(checked.run_folder().iterdir()) == []
+
+
+def test_a_budget_sets_the_epochs_that_are_not_given(tmp_path):
+    values = {"batch_size": 256, "seed": 0, "budget": "accuracy", "results_dir": str(tmp_path)}
+    checked = check_parameters("d", epochs=None, **values)
+    assert checked.epochs == SETTINGS["d-accuracy"].epochs
+    assert check_parameters("d", epochs=2, **values).epochs == 2
+    assert checked.recorded()["budget"] == "accuracy"
+    speed = check_parameters("d", epochs=None, **values | {"budget": "speed"})
+    assert speed.epochs == SETTINGS["d-speed"].epochs
+    assert speed.run_folder() != checked.run_folder()
+    with pytest.raises(InputError, match=r"epochs is 0; it must be None .* or a whole number"):
+        check_parameters("d", epochs=0, **values)
+    with pytest.raises(InputError, match="budget is None; it must be"):
+        check_parameters("d", epochs=None, **values | {"budget": None})
+    with pytest.raises(InputError, match="epochs is None; it must be a whole number"):
+        check_parameters("a1", epochs=None, batch_size=256, seed=0)
 
 
 def test_an_unknown_model_is_refused(tmp_path):
@@ -132,12 +151,24 @@ def test_a_notebook_shows_the_sentence_and_no_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "epochs=ten"], "epochs is 'ten'; it must be a whole number of 1 or more."),
-        (["-p", "epochs=true"], "epochs is True; it must be a whole number of 1 or more."),
+        (
+            ["--models", "a2", "-p", "epochs=ten"],
+            "epochs is 'ten'; it must be a whole number of 1 or more.",
+        ),
+        (
+            ["--models", "a2", "-p", "epochs=true"],
+            "epochs is True; it must be a whole number of 1 or more.",
+        ),
         (["-p", "batch_size=70000"], "batch_size is 70000; it must be a whole number from 1 to"),
-        (["-p", "epoch=3"], "epoch is not a parameter of 2_model_a2; it has epochs,"),
+        (
+            ["--models", "a2", "-p", "epoch=3"],
+            "epoch is not a parameter of 2_model_a2; it has epochs,",
+        ),
         (["-p", "epochs"], "-p is 'epochs'; it must be NAME=VALUE"),
-        (["--models", "a3"], "models has 'a3'; it must be some of a1, a2, b, c, c7."),
+        (
+            ["--models", "a3"],
+            "models has 'a3'; it must be some of a1, a2, b, c, c7, d-speed, d-acc",
+        ),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence_before_anything_runs(

@@ -72,7 +72,8 @@ def test_a_reference_records_numbers_are_those_of_its_predictions(setting, mnist
     accuracy = (arrays["predicted"] == arrays["labels"]).mean()
     record = REFERENCES[setting].record
     assert accuracy == pytest.approx(record.test_accuracy, abs=1e-6)
-    assert record.history.val_accuracy[-1] == pytest.approx(record.test_accuracy, abs=1e-6)
+    if record.model != "d":  # which validates on training images kept back
+        assert record.history.val_accuracy[-1] == pytest.approx(record.test_accuracy, abs=1e-6)
     # The probabilities are stored with three digits; the loss they give is nearly the same.
     true = arrays["probabilities"][np.arange(10_000), arrays["labels"]].astype(float)
     losses = -np.log(np.clip(true, 6e-8, 1))
@@ -101,6 +102,8 @@ FACTS = {
         11 * 11 * 64,
         5 * 5 * 32,  # values that reach the dense layers of A.1 and A.2
         -(-60_000 // 256),  # steps an epoch
+        *(50_000, 70_000),  # D: without the images held out; training and test images
+        *(2024, 2025),  # years of papers
     )
 }
 
@@ -142,11 +145,11 @@ def test_what_the_prose_says_of_shares_is_so():
 
 
 def test_the_times_in_the_readme_are_those_of_the_records():
-    minutes = [sum(run.record.seconds_per_epoch) / 60 for run in REFERENCES.values()]
+    minutes = [run.record.total_seconds / 60 for run in REFERENCES.values()]
     (total,) = re.findall(r"then compare them: some (\d+) minutes on two cores", README)
     assert sum(minutes) == pytest.approx(int(total), rel=0.15)
-    ((least, most),) = re.findall(r"a model takes from (\d+) to (\d+) minutes", README)
-    assert min(minutes) == pytest.approx(int(least), rel=0.25)
+    ((least, most),) = re.findall(r"a model takes from (\d+) seconds to (\d+) minutes", README)
+    assert 60 * min(minutes) == pytest.approx(int(least), rel=0.25)
     assert max(minutes) == pytest.approx(int(most), rel=0.25)
 
 
