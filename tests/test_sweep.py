@@ -183,9 +183,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_recorded(stand_ins, tmp_pa
     assert not tasks[1].finished_run()
 
 
-def test_a_real_model_travels_to_a_worker_and_back(small_mnist, tmp_path):
+def test_real_models_travel_to_a_worker_and_back(small_mnist, tmp_path):
+    # D also reads what was measured of its steps, from the folder of the reference runs.
     command = python(
-        *("-m", "mnist_utils", "sweep", "--models", "a2", "--seeds", "0,1"),
+        *("-m", "mnist_utils", "sweep", "--models", "a2", "d-speed", "--seeds", "1"),
         *("-p", "epochs=1", "-p", "batch_size=64", "-p", f"dataset={small_mnist}"),
         *("--results-dir", tmp_path / "runs"),
     )
@@ -193,14 +194,15 @@ def test_a_real_model_travels_to_a_worker_and_back(small_mnist, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     runs, problems = load_runs(tmp_path / "runs")
     assert problems == []
-    assert [run.record.run.seed for run in runs] == [0, 1]
+    assert [run.record.model for run in runs] == ["a2", "d"]
     for run in runs:
+        assert run.record.run.seed == 1
         assert run.record.run.dataset.startswith("small-")
         assert run.record.environment["threads"] == 1
         # Nothing of the worker's folders is in what came back.
         outputs = output_text(nbformat.read(run.folder / "executed.ipynb", 4))
-        assert "Saved the run in runs/a2/" in outputs
-    assert "[2/2, 0 failed, about 0.0 s left] a2 seed" in done.stdout
+        assert f"Saved the run in runs/{run.record.model}/" in outputs
+    assert "[2/2, 0 failed, about 0.0 s left] " in done.stdout
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")

@@ -1,0 +1,182 @@
+"""Measure what each step of model D buys, on training images held out; never on the test set.
+
+Usage, in the checkout's root: .venv/bin/python tools/model_d_steps.py [--seeds 0-4]
+                               .venv/bin/python tools/model_d_steps.py --other-split d-speed
+
+Each step is the notebook with a few words of its code replaced. It runs as any sweep does, on
+other data sets: 50,000 training images, and 10,000 held out in the test set's place, in another
+split for every seed. Writes results/d/steps.json, which the notebook shows. With --other-split:
+the budgets as they are, on all 70,000 images split anew; writes results/d/other_split.json,
+which the comparison shows.
+"""
+
+import argparse
+import json
+import re
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+
+from mnist_utils.data import load_mnist
+from mnist_utils.headless import Task, code_sha256, notebook_path, read_notebook
+from mnist_utils.parameters import check_parameters
+from mnist_utils.runs import write_whole
+from mnist_utils.sweep import parse_seeds, run_sweep
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runs" / "d_steps"
+RESULTS = ROOT / "results" / "d"
+HELD_OUT = 10_000
+BUDGETS = {"d-speed": {"budget": "speed"}, "d-accuracy": {"budget": "accuracy"}}
+
+NORMALIZATION = "    model.add(FusedBatchNormalization(momentum=0.9))\n"
+FILTERS = "(32, 5, True), (32, 3, False), (64, 3, True), (96, 3, False)"
+# For each step: what is replaced in the notebook's code by what, and the parameters given.
+STEPS = {
+    "the whole": ({}, {}),
+    "1 epoch": ({}, {"epochs": 1}),
+    "6 epochs": ({}, {"epochs": 6}),
+    "without batch normalization, peak rate 0.001": (
+        {
+            NORMALIZATION: "",
+            "use_bias=False": "use_bias=True",
+            '"speed": (0.02, 0.01)': '"speed": (0.001, 0.01)',
+        },
+        {},
+    ),
+    "constant rate of 0.001 in the schedule's place": (
+        {"Muon(learning_rate,": "Muon(0.001,"},
+        {},
+    ),
+    "without augmentation": ({'"speed": (2.0,': '"speed": (0.0,'}, {}),
+    "also turned, stretched and slanted": (
+        {'"speed": (2.0, 0.0, 0.0, 0.0)': '"speed": (2.0, 10.0, 0.1, 0.1)'},
+        {},
+    ),
+    "without label smoothing": ({"label_smoothing=0.1": "label_smoothing=0.0"}, {}),
+    "half as many filters": (
+        {FILTERS: "(16, 5, True), (16, 3, False), (32, 3, True), (48, 3, False)"},
+        {},
+    ),
+    "twice as many filters": (
+        {FILTERS: "(64, 5, True), (64, 3, False), (128, 3, True), (192, 3, False)"},
+        {},
+    ),
+    "weights averaged over some 100 steps": (
+        {"beta_2=0.99)": "beta_2=0.99, use_ema=True, ema_momentum=0.99)"},
+        {},
+    ),
+    "without the second look": ({"(-1, -1), (-1, 1), (1, -1), (1, 1)": "(0, 0)"}, {}),
+    "batches of 128, peak rate 0.01": (
+        {'"speed": (0.02, 0.01)': '"speed": (0.01, 0.01)'},
+        {"batch_size": 128},
+    ),
+    "Keras's own batch normalization": ({"model.add(FusedBatch": "model.add(Batch"}, {}),
+    "AdamW in Muon's place": ({"optimizer=Muon(": "optimizer=keras.optimizers.AdamW("}, {}),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", default="0-4")
+    parser.add_argument("--other-split", nargs="+", choices=BUDGETS, metavar="BUDGET")
+    options = parser.parse_args()
+    seeds = parse_seeds(options.seeds)
+    if options.other_split:
+        return measure(
+            other_split_tasks(options.other_split, seeds), RESULTS / "other_split.json", "budgets"
+        )
+    return measure(step_tasks(seeds), RESULTS / "steps.json", "steps")
+
+
+def measure(tasks: dict[str, list[Task]], file: Path, name: str) -> int:
+    """Run the tasks and write what they reached; return the exit code."""
+    failed = run_sweep([task for group in tasks.values() for task in group])
+    if failed:
+        return failed
+    content = {
+        "code_sha256": code_sha256(read_notebook(notebook_path("5_model_d"))),
+        name: {group: [outcome(task) for task in tasks[group]] for group in tasks},
+    }
+    write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
+    return 0
+
+
+def step_tasks(seeds: list[int]) -> dict[str, list[Task]]:
+    """Return a task for each step and seed, each seed on a split of its own."""
+    notebook, (images, labels) = read_notebook(notebook_path("5_model_d")), load_mnist()[0]
+    splits = {seed: write_split(f"held_out{seed}", images, labels, seed) for seed in seeds}
+    return {
+        step: [
+            make_task(step, changed(notebook, replaced), own, seed, splits[seed]) for seed in seeds
+        ]
+        for step, (replaced, own) in STEPS.items()
+    }
+
+
+def other_split_tasks(budgets: list[str], seeds: list[int]) -> dict[str, list[Task]]:
+    """Return a task for each of these budgets and seeds, on all 70,000 images split anew."""
+    notebook, (train, test) = read_notebook(notebook_path("5_model_d")), load_mnist()
+    images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
+    split = write_split("other_split", images, labels, seed=0)
+    notebook = changed(notebook, {})
+    return {
+        name: [make_task("other split", notebook, BUDGETS[name], seed, split) for seed in seeds]
+        for name in budgets
+    }
+
+
+def changed(notebook, replaced: dict[str, str]):
+    """Return a copy of the notebook with texts of its code replaced, wherever they stand.
+
+    The cells that show the steps are left out: there is nothing to show yet.
+    """
+    copy = deepcopy(notebook)
+    copy.cells = [cell for cell in copy.cells if not cell.id.startswith("steps")]
+    for old, new in replaced.items():
+        cells = [cell for cell in copy.cells if cell.cell_type == "code" and old in cell.source]
+        assert cells, f"the notebook has no {old!r}"
+        for cell in cells:
+            cell.source = cell.source.replace(old, new)
+    return copy
+
+
+def make_task(name: str, notebook, own: dict, seed: int, split: Path) -> Task:
+    """Return the task of one run, its results in a folder of the name's."""
+    given = {"budget": "speed", "seed": seed, "dataset": str(split), **own}
+    results = FOLDER / re.sub(r"\W+", "_", name)
+    all_given = {"epochs": None, "batch_size": 256, "results_dir": str(results), **given}
+    return Task(f"{name},", notebook, given, check_parameters("d", **all_given))
+
+
+def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) -> Path:
+    """Write the images as a data set whose test set is 10,000 of them, drawn by the seed."""
+    path = FOLDER / f"{name}.npz"
+    if not path.exists():
+        order = np.random.default_rng(seed).permutation(len(images))
+        train, held_out = order[:-HELD_OUT], order[-HELD_OUT:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            path,
+            x_train=images[train],
+            y_train=labels[train],
+            x_test=images[held_out],
+            y_test=labels[held_out],
+        )
+    return path
+
+
+def outcome(task: Task) -> dict:
+    record = task.finished_run().record
+    return {
+        "seed": record.run.seed,
+        "accuracy": record.test_accuracy,
+        "seconds": round(record.total_seconds, 1),
+        "threads": record.environment["threads"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
