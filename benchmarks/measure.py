@@ -38,6 +38,9 @@ WAYS = {
     "pytorch": "PyTorch, float32",
 }
 SWEEP = "side_by_side"
+# D's budgets: the model whose ten epochs each is measured by, and the precisions.
+BUDGETS = {"d-speed": ("b", ("float32", "mixed_bfloat16")), "d-accuracy": ("a1", ("float32",))}
+ALL = (*MODELS, *BUDGETS)
 MEASUREMENTS = HERE / "measurements.json"
 BEGIN, END = "<!-- written by make bench -->\n", "<!-- end -->"
 
@@ -72,6 +75,9 @@ def measure(models: list[str], rounds: int) -> None:
         if older["machine"] == everything["machine"]:
             everything = older
     for model in models:
+        if model in BUDGETS:
+            measure_budget(model, rounds, everything)
+            continue
         done = []
         for number in range(rounds):
             row = {"gemm": {way: run_one("gemm", way) for way in ("float32", "bfloat16")}}
@@ -83,6 +89,23 @@ def measure(models: list[str], rounds: int) -> None:
             done.append(row)
         everything["rounds"][model] = done
         MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+def measure_budget(setting: str, rounds: int, everything: dict) -> None:
+    """Measure a budget's whole runs, and between them an epoch of the model it is measured by.
+
+    A run is an ordinary one, seed by seed, and stays in runs/.
+    """
+    (model, precisions), done = BUDGETS[setting], []
+    for seed in range(rounds):
+        row = {}
+        for way in [model, *precisions][:: -1 if seed % 2 else 1]:
+            arguments = (way, "float32") if way == model else (setting, way, str(seed))
+            row[way] = run_one(*arguments)
+            print(f"{setting}, round {seed + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
+        done.append(row)
+    everything["budgets"] = everything.get("budgets", {}) | {setting: done}
+    MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def measure_around(rounds: int) -> None:
@@ -146,6 +169,7 @@ def report() -> None:
     if "a1" in rounds and "around" in everything:
         epoch = median(row["float32"]["seconds"] for row in rounds["a1"])
         parts.append(around_text(everything["around"], epoch))
+    parts += [budget_table(name, done) for name, done in everything.get("budgets", {}).items()]
     write_between_marks(HERE / "README.md", "\n\n".join(parts))
     draw(rounds)
 
@@ -214,6 +238,31 @@ def sweep_table(rounds: dict[str, list[dict]]) -> str:
     return markdown(rows)
 
 
+def budget_table(setting: str, rounds: list[dict]) -> str:
+    """Return the seconds of a budget's whole runs, and what share of the other model's they are."""
+    other, precisions = BUDGETS[setting]
+    title = SETTINGS[other].title
+    rows = [
+        [SETTINGS[setting].title, "rounds", "seconds in all", f"share of ten epochs of {title}"]
+    ]
+    for precision in precisions:
+        seconds = [row[precision]["seconds"] for row in rounds]
+        shares = [row[precision]["seconds"] / (10 * row[other]["seconds"]) for row in rounds]
+        rows.append(
+            [
+                precision,
+                str(len(rounds)),
+                f"{median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+                f"{median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%})",
+            ]
+        )
+    epochs = [row[other]["seconds"] for row in rounds]
+    text = (
+        f"An epoch of {title} took {median(epochs):.1f} s ({min(epochs):.1f} to {max(epochs):.1f})."
+    )
+    return f"{markdown(rows)}\n\n{text}"
+
+
 def around_text(rounds: list[dict], epoch: float) -> str:
     """Return what a notebook adds around its training; ``epoch`` is the seconds of one of A.1."""
     added = [row["a1 whole"]["seconds"] - row["a1 bare"]["seconds"] for row in rounds]
@@ -261,13 +310,14 @@ def draw(rounds: dict[str, list[dict]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="write the report, measure nothing")
     options = parser.parse_args()
     if not options.report:
         measure(options.models, options.rounds)
-        measure_around(options.rounds)
+        if "a1" in options.models:
+            measure_around(options.rounds)
     report()
 
 

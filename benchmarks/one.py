@@ -3,6 +3,7 @@
 Usage: python benchmarks/one.py a2 original|float32|mixed_bfloat16|pytorch [IMAGES]
        python benchmarks/one.py gemm float32|bfloat16
        python benchmarks/one.py a1 whole|bare
+       python benchmarks/one.py d-speed|d-accuracy float32|mixed_bfloat16 SEED
        python benchmarks/one.py comparison opened
 """
 
@@ -123,6 +124,16 @@ def open_comparison() -> float:
         return time.perf_counter() - began
 
 
+def run_budget(setting: str, precision: str, seed: int) -> float:
+    """Run a budget of D's as make run does; return its seconds of training and evaluation."""
+    from mnist_utils.headless import execute, make_task
+
+    task = make_task(setting, {"precision": precision, "seed": seed})
+    problem = execute(task.notebook, task.given, task.folder)
+    assert problem is None, problem
+    return task.finished_run().record.total_seconds
+
+
 def run_bare(name: str) -> None:
     """Do what a notebook must: load, build, train ten short epochs without a plot, evaluate."""
     from mnist_utils.data import load_mnist
@@ -157,9 +168,9 @@ def multiply(precision: str) -> float:
     return GEMM_SIZE**3 / min(seconds)
 
 
-def main(name: str, way: str, images: str | None = None) -> None:
+def main(name: str, way: str, number: str | None = None) -> None:
     os.environ.setdefault("MPLBACKEND", "agg")
-    count = int(images) if images else None
+    count = int(number) if number else None
     if name == "gemm":
         measured = {"macs_per_second": multiply(way)}
     elif way == "original":
@@ -172,12 +183,16 @@ def main(name: str, way: str, images: str | None = None) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             (run_whole if way == "whole" else run_bare)(name)
         measured = {"seconds": time.time() - psutil.Process().create_time()}
+    elif name.startswith("d-"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            measured = {"seconds": run_budget(name, way, count)}
     elif way == "opened":
         measured = {"seconds": open_comparison()}
     else:
         measured = {"seconds": train_notebook(name, way, count)}
     # A notebook's kernel is a child process. Linux counts in KiB.
-    who = resource.RUSAGE_CHILDREN if way in ("whole", "opened") else resource.RUSAGE_SELF
+    kernel = name.startswith("d-") or way in ("whole", "opened")
+    who = resource.RUSAGE_CHILDREN if kernel else resource.RUSAGE_SELF
     measured["peak_megabytes"] = resource.getrusage(who).ru_maxrss * 1024 / 1e6
     print(json.dumps(measured))
 
