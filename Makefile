@@ -17,7 +17,7 @@ PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
 help:
 	@echo 'make run      train every model by papermill, then compare them (some 120 minutes)'
 	@echo '              also: EPOCHS= BATCH_SIZE= SEED= TRAIN_SAMPLES= PRECISION= DATASET='
-	@echo '              RESULTS_DIR= MODELS="a1 a2 b c c7"'
+	@echo '              RESULTS_DIR= MODELS="a1 a2 b c c7 d-speed d-accuracy"'
 	@echo 'make quick    the same on 1,000 images and 2 epochs (under 5 minutes)'
 	@echo 'make sweep    SEEDS=0-4 MODELS="a1 a2": many runs on Dask; SCHEDULER= for a cluster'
 	@echo 'make jupyter  open the notebooks in JupyterLab'
