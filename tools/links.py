@@ -9,16 +9,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = ROOT / "pyproject.toml"
 PUBLIC = re.compile(r'^Repository = "https://github\.com/(\S+)"$', re.MULTILINE)
 NAME = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+
+
+def public_name() -> str:
+    """Return the owner/name under which the project is published."""
+    return PUBLIC.search(PYPROJECT.read_text(encoding="utf-8"))[1]
 
 
 def main(new: str) -> None:
     if not NAME.fullmatch(new):
         sys.exit(f"REPO is {new!r}; it must be owner/name, as on GitHub.")
-    pyproject = ROOT / "pyproject.toml"
-    old = PUBLIC.search(pyproject.read_text(encoding="utf-8"))[1]
-    for path in (pyproject, ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb"))):
+    old = public_name()
+    for path in (PYPROJECT, ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb"))):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace(old, new), encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: {text.count(old)} places")

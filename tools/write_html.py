@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+from links import public_name
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
@@ -88,6 +89,8 @@ def render(name: str, notebooks: dict) -> str:
     """Return the page of one notebook."""
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(without_badge(notebooks[name]))
     body = re.sub(r'href="(\w+)\.ipynb"', lambda link: f'href="{page_name(link[1])}"', body)
+    # What is no notebook is not part of the site: it is read where the project is published.
+    body = body.replace('href="../', f'href="https://github.com/{public_name()}/blob/main/')
     order = [INDEX, *(other for other in notebooks if other != INDEX)]
     navigation = "\n".join(
         f'<a href="{page_name(other)}">{title(notebooks[other]).split(":")[0]}</a>'
