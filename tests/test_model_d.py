@@ -95,6 +95,48 @@ def test_the_batches_are_distorted_anew_in_every_epoch_and_alike_for_the_same_se
     assert first[0].shape == (32, 24, 24, 1)
 
 
+def test_the_last_seventh_of_the_epochs_is_distorted_less(digits):
+    cells = run_cells(
+        "augmentation",
+        "batches",
+        x_train=digits,
+        y_train=np.eye(10, dtype="float32")[np.zeros(32, int)],
+        x_validation=digits,
+        y_validation=np.zeros((32, 10)),
+        middle=slice(2, 26),
+        batch_size=32,
+        seed=3,
+        make_batches=make_batches,
+    )
+    undistorted = np.sort(digits[:, 2:26, 2:26], axis=0)
+
+    class Model:
+        """Stands in for the network: it only counts how far the batches are distorted."""
+
+        def compile(self, **options):
+            pass
+
+        def fit(self, batches, epochs, callbacks, **options):
+            self.distances = []
+            for epoch in range(epochs):
+                callbacks[0].on_epoch_begin(epoch, None)
+                images = np.sort(next(iter(batches))[0].numpy(), axis=0)
+                self.distances.append(np.abs(images - undistorted).mean())
+            return self
+
+    for epochs, settled in ((14, 2), (7, 1), (3, 0), (1, 0)):
+        cells = run_cells(
+            "fit",
+            **cells
+            | {"model": Model(), "epochs": epochs, "learning_rate": 0.1, "weight_decay": 0.1}
+            | {"Muon": lambda *arguments, **options: None},
+        )
+        distances = np.array(cells["model"].distances)
+        full, weak = distances[: epochs - settled], distances[epochs - settled :]
+        assert len(weak) == settled
+        assert (full > 1.3 * weak.max(initial=0)).all() and full.min() > 0
+
+
 def test_the_fused_normalization_is_keras_own(digits):
     fused_class = run_cells("augmentation", "model", num_classes=10)["FusedBatchNormalization"]
     values = np.random.default_rng(0).normal(2, 3, (64, 5, 5, 4)).astype("float32")
@@ -118,12 +160,12 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
 
 
 @pytest.mark.parametrize("shape", [(25, 32), (288, 64), (40, 40)])
-def test_the_orthogonal_matrix_has_nearly_equal_singular_values(shape):
+def test_the_orthogonal_matrix_has_singular_values_of_about_one(shape):
     matrix = np.random.default_rng(0).normal(size=shape).astype("float32")
     orthogonal = run_cells("muon")["orthogonal"](tf.constant(matrix)).numpy()
     values = np.linalg.svd(orthogonal, compute_uv=False)
     assert np.linalg.cond(matrix) > 1.5
-    assert values.min() > 0.5 and values.max() < 1.3
+    assert np.quantile(values, 0.1) > 0.5 and values.max() < 1.3
     left, _, right = np.linalg.svd(matrix, full_matrices=False)
     assert np.sum(orthogonal * (left @ right)) / min(shape) > 0.7  # in the same directions
 
