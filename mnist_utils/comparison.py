@@ -276,12 +276,15 @@ def show_validation_losses(references: dict[str, Run]) -> None:
         show(fig, "Validation loss of each model over the epochs")
 
 
-def show_accuracy_against_cost(references: dict[str, Run], own: list[Run]) -> None:
+def show_accuracy_against_cost(
+    references: dict[str, Run], groups: dict[str, list[Run]], own: list[Run]
+) -> None:
     """Show test accuracy against training time: reference runs filled, a reader's own hollow.
 
-    The cross is train_mnist_fast, which was run once on the machine of the reference runs.
-    Own runs far below the worst reference would squeeze all others into one line; they are
-    counted instead.
+    ``groups`` are each setting's runs over seeds: a filled point is their mean, its bar their
+    standard deviation, its time that of the reference run. The cross is train_mnist_fast, which
+    was run on the machine of the reference runs. Own runs far below the worst reference would
+    squeeze all others into one line; they are counted instead.
     """
     accuracies = [100 * run.record.test_accuracy for run in references.values()]
     lowest = min(accuracies, default=0) - 1
@@ -289,16 +292,27 @@ def show_accuracy_against_cost(references: dict[str, Run], own: list[Run]) -> No
     if len(shown) < len(own):
         print(f"{len(own) - len(shown)} of your runs are below {lowest:.1f} % and not shown.")
     with figure(size=(9, 4)) as (fig, ax):
-        for run in [*references.values(), *shown]:
-            yours, colour = run in shown, colour_of(run)
+        for setting, run in references.items():
+            over_seeds = [100 * r.record.test_accuracy for r in groups.get(setting, [run])]
+            n = len(over_seeds)
+            ax.errorbar(
+                run.record.total_seconds / 60,
+                np.mean(over_seeds),
+                np.std(over_seeds, ddof=1) if n > 1 else None,
+                fmt="o",
+                capsize=4,
+                color=colour_of(run),
+                label=f"{title_of(run)}, " + (f"mean of {n} runs" if n > 1 else "one run"),
+            )
+        for run in shown:
             ax.scatter(
                 run.record.total_seconds / 60,
                 100 * run.record.test_accuracy,
                 s=60,
-                facecolors="none" if yours else colour,
-                edgecolors=colour,
+                facecolors="none",
+                edgecolors=colour_of(run),
                 zorder=3,
-                label=f"{'yours: ' if yours else ''}{title_of(run)}",
+                label=f"yours: {title_of(run)}",
             )
         seconds, accuracy = TRAIN_MNIST_FAST
         ax.plot(seconds / 60, 100 * accuracy, "x", color=GREY, label="train_mnist_fast")

@@ -135,22 +135,31 @@ def test_the_loss_figure_draws_each_runs_validation_losses(executed, shown_figur
 
 
 def test_the_cost_figure_draws_accuracy_against_minutes(executed, shown_figures, capsys):
-    reference, near, far = (
+    reference, other_seed, near, far = (
         Run(executed(setting).record.model_copy(update={"test_accuracy": accuracy}), ROOT)
-        for setting, accuracy in (("a1", 0.99), ("b", 0.985), ("a2", 0.5))
+        for setting, accuracy in (("a1", 0.99), ("a1", 0.994), ("b", 0.985), ("a2", 0.5))
     )
-    comparison.show_accuracy_against_cost({"a1": reference}, [near, far])
+    references = {"a1": reference, "b": near}
+    groups = {"a1": [reference, other_seed]}
+    comparison.show_accuracy_against_cost(references, groups, [near, far])
     (ax,) = shown_figures[0].axes
-    points = [tuple(collection.get_offsets()[0]) for collection in ax.collections]
-    assert points == [
-        pytest.approx((run.record.total_seconds / 60, 100 * run.record.test_accuracy))
-        for run in (reference, near)
-    ]
+    (several, _, (bar,)), (one, _, _) = ax.containers
+    minutes = reference.record.total_seconds / 60
+    assert several.get_xydata().tolist() == [[pytest.approx(minutes), pytest.approx(99.2)]]
+    low, high = bar.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(0.4 / 2**0.5)  # the deviation of two runs
+    near_point = (near.record.total_seconds / 60, 98.5)
+    assert tuple(one.get_xydata()[0]) == pytest.approx(near_point)
+    (hollow,) = (points for points in ax.collections if points is not bar)
+    assert tuple(hollow.get_offsets()[0]) == pytest.approx(near_point)
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts == [SETTINGS["a1"].title, f"yours: {SETTINGS['b'].title}", "train_mnist_fast"]
-    (cross,) = ax.lines
+    a1, b = SETTINGS["a1"].title, SETTINGS["b"].title
+    assert sorted(texts) == sorted(
+        [f"{a1}, mean of 2 runs", f"{b}, one run", f"yours: {b}", "train_mnist_fast"]
+    )
+    (cross,) = (line for line in ax.lines if line.get_marker() == "x")
     assert cross.get_xydata().tolist() == [[pytest.approx(9.5 / 60), pytest.approx(99.12)]]
-    assert capsys.readouterr().out == "1 of your runs are below 98.0 % and not shown.\n"
+    assert capsys.readouterr().out == "1 of your runs are below 97.5 % and not shown.\n"
 
 
 def test_the_comparison_does_not_import_tensorflow():
