@@ -221,7 +221,8 @@ def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) 
             progress_bar=False,
             stdout_file=_EpochLines(),
             coalesce_streams=True,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            # Not that it runs over TCP, nor that it was interrupted as it ended.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except Exception as error:  # an error in a cell, a dead kernel, a full disk, ...
         if not executing.exists():

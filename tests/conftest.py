@@ -1,6 +1,7 @@
 """What the tests share: small real data, and each notebook executed once by papermill."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ NOTEBOOKS = ROOT / "notebooks"
 MODEL_NOTEBOOKS = sorted({setting.notebook for setting in SETTINGS.values()})
 # The four that come from the original; D does some things in other ways.
 ORIGINAL_NOTEBOOKS = [name for name in MODEL_NOTEBOOKS if name != "5_model_d"]
+# Tests that a shell starts in the background have SIGINT ignored, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL = {"epochs": 2, "batch_size": 64, "seed": 3}
 
 
