@@ -13,7 +13,10 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -88,11 +91,14 @@ class Memory:
 def measure(runs: int) -> dict:
     """Sweep over so many seeds of A.2; return seconds and bytes."""
     with tempfile.TemporaryDirectory() as results, open(os.devnull, "w") as nowhere:
-        process = psutil.Process()
-        before = process.memory_info().rss
-        began = time.perf_counter()
-        tasks = sweep.make_tasks(["a2"], range(runs), {"results_dir": [results]})
-        made, after_tasks = time.perf_counter(), process.memory_info().rss
+        wanted = (["a2"], range(runs), {"results_dir": [results]})
+        tracemalloc.start()
+        tasks = sweep.make_tasks(*wanted)
+        task_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        before = time.perf_counter()
+        tasks = sweep.make_tasks(*wanted)
+        made = time.perf_counter()
         with Memory() as memory, redirect_stdout(nowhere):
             assert sweep.run_sweep(tasks) == 0
         swept = time.perf_counter()
@@ -105,10 +111,10 @@ def measure(runs: int) -> dict:
         middle = len(memory.samples) // 2
     return {
         "runs": runs,
-        "make_ms": 1e3 * (made - began) / runs,
+        "make_ms": 1e3 * (made - before) / runs,
         "sweep_ms": 1e3 * (swept - made) / runs,
         "resume_ms": 1e3 * (looked - swept) / runs,
-        "task_kb": (after_tasks - before) / 1e3 / runs,
+        "task_kb": task_bytes / 1e3 / runs,
         "disk_kb": disk / 1e3 / runs,
         "first_half_mb": max(memory.samples[:middle]) / 1e6,
         "second_half_mb": max(memory.samples[middle:]) / 1e6,
@@ -144,7 +150,7 @@ def needs_table(last: dict) -> str:
     return markdown(rows) + (
         f"\n\nA run takes {minutes:.0f} core-minutes in the mean over the settings, by the "
         f"reference runs, and {last['sweep_ms']:.0f} ms of the client. So one client keeps about "
-        f"{busy:,.0f} cores busy."
+        f"{round(busy, -4):,.0f} cores busy, by its own time."
     )
 
 
@@ -157,11 +163,17 @@ def mean_core_minutes() -> float:
     )
 
 
-def main() -> None:
+def measure_alone(runs: int) -> dict:
     sweep.run_on_worker = make_stand_in()
+    return measure(runs)
+
+
+def main() -> None:
     rows = []
     for runs in map(int, sys.argv[1:] or ["200", "1000", "5000"]):
-        rows.append(measure(runs))
+        # Each in a process of its own: memory that one has let go would hide what the next takes.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            rows.append(process.submit(measure_alone, runs).result())
         print(json.dumps(rows[-1]), flush=True)
     write_between_marks(PAGE, measured_table(rows) + "\n\n" + needs_table(rows[-1]))
 
