@@ -22,9 +22,10 @@ NOTEBOOKS = ROOT / "notebooks"
 MODEL_NOTEBOOKS = sorted({setting.notebook for setting in SETTINGS.values()})
 # The four that come from the original; D does some things in other ways.
 ORIGINAL_NOTEBOOKS = [name for name in MODEL_NOTEBOOKS if name != "5_model_d"]
+SMALL = {"epochs": 2, "batch_size": 64, "seed": 3}
+
 # Tests that a shell starts in the background have SIGINT ignored, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-SMALL = {"epochs": 2, "batch_size": 64, "seed": 3}
 
 
 def write_npz(path: Path, arrays: dict) -> Path:
