@@ -245,18 +245,6 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
-def reference_sentence(run: Run) -> str:
-    """Return what a reference run reached and cost, as the notebooks' first screens say it."""
-    record = run.record
-    seconds = record.total_seconds
-    total = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    return (
-        f"test accuracy {percent(record.test_accuracy)} %, test loss {record.test_loss:.4f}, "
-        f"{median(record.seconds_per_epoch):.0f} s an epoch and {total} in all on "
-        f"{record.environment['cores']} processor cores"
-    )
-
-
 def show_validation_losses(references: dict[str, Run]) -> None:
     """Show the validation loss of each reference run over the epochs."""
     with figure(size=(9, 4)) as (fig, ax):

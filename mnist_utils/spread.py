@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import cache
 from itertools import combinations, pairwise
+from statistics import median
 
 import numpy as np
 from prettytable import PrettyTable
@@ -64,7 +65,7 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
             [
                 SETTINGS[setting].title,
                 len(runs),
-                _mean_and_deviation(accuracies, 2),
+                accuracy_over_seeds(runs),
                 _interval(accuracies),
                 f"{accuracies.max():.2f}",
                 f"{accuracies.min():.2f}",
@@ -74,6 +75,31 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
             ]
         )
     return table
+
+
+def accuracy_over_seeds(runs: list[Run]) -> str:
+    """Return the mean test accuracy of runs in percent, with its standard deviation if any."""
+    return _mean_and_deviation(np.array([100 * run.record.test_accuracy for run in runs]), 2)
+
+
+def reference_sentence(runs: list[Run]) -> str:
+    """Return what a setting reached and cost, as the notebooks' first screens say it.
+
+    ``runs`` are its runs over seeds; the first is the reference run, which the notebook shows.
+    """
+    record = runs[0].record
+    accuracy = f"{percent(record.test_accuracy)} %"
+    if len(runs) > 1:
+        accuracy = f"{accuracy_over_seeds(runs)} % over {len(runs)} seeds, {accuracy} with seed 0"
+    else:
+        accuracy += " (one run, seed 0)"
+    seconds = record.total_seconds
+    total = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return (
+        f"test accuracy {accuracy}; test loss {record.test_loss:.4f}, "
+        f"{median(record.seconds_per_epoch):.0f} s an epoch and {total} in all on "
+        f"{record.environment['cores']} processor cores"
+    )
 
 
 def _mean_and_deviation(values: np.ndarray, digits: int) -> str:

@@ -12,6 +12,7 @@ from mnist_utils.spread import (
     over_seeds,
     precision_table,
     ranking_text,
+    reference_sentence,
     seed_tests,
     spread_table,
 )
@@ -91,6 +92,14 @@ def test_one_run_has_no_spread(stand_in):
     assert seed_tests(groups) == {}
     assert "n = 1: not known" in str(difference_matrix(groups))
     assert "one run only" in ranking_text(groups)
+
+
+def test_the_first_screens_sentence_has_the_spread_and_how_many_seeds(stand_in):
+    runs = [stand_in("a1", seed, range(count)) for seed, count in enumerate([30, 10, 20])]
+    assert reference_sentence(runs).startswith(
+        "test accuracy 98.00 ± 1.00 % over 3 seeds, 97.00 % with seed 0; test loss 0.0300, "
+    )
+    assert reference_sentence(runs[:1]).startswith("test accuracy 97.00 % (one run, seed 0); ")
 
 
 def test_the_image_test_is_mcnemars_exact_one_and_corrected_for_the_pairs(stand_in):

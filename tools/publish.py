@@ -17,11 +17,11 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from mnist_utils.comparison import reference_runs, reference_sentence, summary_table
+from mnist_utils.comparison import reference_runs, summary_table
 from mnist_utils.headless import code_sha256
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import RECORD_FILE, Run, load_runs
-from mnist_utils.spread import over_seeds
+from mnist_utils.spread import accuracy_over_seeds, over_seeds, reference_sentence
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -35,12 +35,13 @@ def main() -> None:
         for setting, group in over_seeds(runs, precision).items():
             for run in group:
                 publish_run(setting, run, with_outputs=run.folder in outputs)
-    references = reference_runs(load_runs(RESULTS)[0])
+    published = load_runs(RESULTS)[0]
+    references, groups = reference_runs(published), over_seeds(published)
     for name in {setting.notebook for setting in SETTINGS.values()}:
-        own = {s: run for s, run in references.items() if SETTINGS[s].notebook == name}
+        own = {s: groups[s] for s in references if SETTINGS[s].notebook == name}
         write_sentence(ROOT / f"notebooks/{name}.ipynb", own)
     publish_comparison()
-    write_readme(references)
+    write_readme(references, groups)
 
 
 def publish_run(setting: str, run: Run, with_outputs: bool) -> None:
@@ -89,14 +90,14 @@ def take_outputs(notebook, executed) -> None:
         target.execution_count = source.execution_count
 
 
-def write_sentence(path: Path, references: dict[str, Run]) -> None:
-    """Write what the reference runs reached into a notebook's first screen."""
+def write_sentence(path: Path, groups: dict[str, list[Run]]) -> None:
+    """Write what each setting's runs over seeds reached into a notebook's first screen."""
     notebook = nbformat.read(path, 4)
     parts = [
-        f"{SETTINGS[setting].title + ': ' if len(references) > 1 else ''}{reference_sentence(run)}"
-        for setting, run in references.items()
+        f"{SETTINGS[setting].title + ': ' if len(groups) > 1 else ''}{reference_sentence(runs)}"
+        for setting, runs in groups.items()
     ]
-    sentence = "; ".join(parts) or "not run yet"
+    sentence = ". ".join(parts) or "not run yet"
     cell = notebook.cells[0]
     cell.source = re.sub(
         r"^\*\*Reference run.*$", f"**Reference run**: {sentence}.", cell.source, flags=re.MULTILINE
@@ -127,7 +128,7 @@ def publish_comparison() -> None:
                 README_FIGURE.write_bytes(base64.b64decode(output.data["image/png"]))
 
 
-def write_readme(references: dict[str, Run]) -> None:
+def write_readme(references: dict[str, Run], groups: dict[str, list[Run]]) -> None:
     """Write the summary table, from the records, between the README's markers."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -135,14 +136,18 @@ def write_readme(references: dict[str, Run]) -> None:
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     readme.write_text(
-        before + begin + markdown_table(references) + end + after, encoding="utf-8", newline="\n"
+        before + begin + markdown_table(references, groups) + end + after,
+        encoding="utf-8",
+        newline="\n",
     )
 
 
-def markdown_table(references: dict[str, Run]) -> str:
-    """Return the summary table in Markdown."""
+def markdown_table(references: dict[str, Run], groups: dict[str, list[Run]]) -> str:
+    """Return the summary table in Markdown, with a column for the accuracy over seeds."""
     missing = [setting for setting in SETTINGS if setting not in references]
     table = summary_table(references.values(), missing)
+    over = [f"{accuracy_over_seeds(groups[s])} (n = {len(groups[s])})" for s in references]
+    table.add_column("over seeds (%)", over + [""] * len(missing))
     rows = [table.field_names, ["---"] * len(table.field_names), *table.rows]
     return "".join(f"| {' | '.join(str(value) for value in row)} |\n" for row in rows)
 
