@@ -252,15 +252,12 @@ def budget_table(setting: str, rounds: list[dict]) -> str:
             [
                 precision,
                 str(len(rounds)),
-                f"{median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
-                f"{median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%})",
+                spread(seconds, ".1f"),
+                spread(shares, ".2%"),
             ]
         )
     epochs = [row[other]["seconds"] for row in rounds]
-    text = (
-        f"An epoch of {title} took {median(epochs):.1f} s ({min(epochs):.1f} to {max(epochs):.1f})."
-    )
-    return f"{markdown(rows)}\n\n{text}"
+    return f"{markdown(rows)}\n\nAn epoch of {title}, in seconds: {spread(epochs, '.1f')}."
 
 
 def around_text(rounds: list[dict], epoch: float) -> str:
@@ -277,9 +274,11 @@ def around_text(rounds: list[dict], epoch: float) -> str:
     )
 
 
-def spread(values: list[float]) -> str:
-    """Return the median of some ratios, with the lowest and the highest."""
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Return the median of some values, with the lowest and the highest if there are several."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def memory_table(rounds: dict[str, list[dict]]) -> str:

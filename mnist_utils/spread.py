@@ -88,15 +88,16 @@ def reference_sentence(runs: list[Run]) -> str:
     ``runs`` are its runs over seeds; the first is the reference run, which the notebook shows.
     """
     record = runs[0].record
-    accuracy = f"{percent(record.test_accuracy)} %"
+    accuracy = f"{accuracy_over_seeds(runs)} %"
     if len(runs) > 1:
-        accuracy = f"{accuracy_over_seeds(runs)} % over {len(runs)} seeds, {accuracy} with seed 0"
+        accuracy += f" (mean ± standard deviation of {len(runs)} seeds); with seed 0 "
+        accuracy += f"{percent(record.test_accuracy)} %"
     else:
         accuracy += " (one run, seed 0)"
     seconds = record.total_seconds
     total = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     return (
-        f"test accuracy {accuracy}; test loss {record.test_loss:.4f}, "
+        f"test accuracy {accuracy}, test loss {record.test_loss:.4f}, "
         f"{median(record.seconds_per_epoch):.0f} s an epoch and {total} in all on "
         f"{record.environment['cores']} processor cores"
     )

@@ -1,6 +1,7 @@
 """What is committed: the notebooks' outputs, the reference records, and what prose quotes."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, code_cells, python
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from mnist_utils.comparison import ORIGINAL, reference_runs
 from mnist_utils.headless import code_sha256
@@ -105,6 +108,8 @@ FACTS = {
         5 * 5 * 32,  # values that reach the dense layers of A.1 and A.2
         -(-60_000 // 256),  # steps an epoch
         *(50_000, 70_000),  # D: without the images held out; training and test images
+        1000,  # D: kept back to validate
+        150,  # the epochs of An et al.
         *(2020, 2024, 2025),  # years of papers
     )
 }
@@ -144,6 +149,41 @@ def test_what_the_prose_says_of_shares_is_so():
     assert round(second / 1e6) == 80
     assert second / b.macs > 0.5
     assert c7.parameters - c.parameters == 2880
+
+
+def test_what_model_ds_prose_says_of_its_window_is_so(mnist):
+    images = mnist[0][0]
+    outside = np.ones((28, 28), bool)
+    outside[2:26, 2:26] = False
+    assert round(1 / (images[:, outside] > 0).any(axis=1).mean()) == 8  # digits with ink there
+    assert round(1 / outside.mean()) == 4
+
+    def macs(window):
+        first, second, third = window - 4, (window - 4) // 2 - 2, (window - 4) // 2 - 4
+        last = third // 2 - 2
+        convolutions = first**2 * 25 * 32, second**2 * 9 * 32 * 32, third**2 * 9 * 32 * 64
+        return sum(convolutions) + last**2 * (9 * 64 * 96 + 96 * 10)
+
+    assert macs(24) == REFERENCES["d-speed"].record.architecture.macs
+    assert macs(24) / macs(28) == pytest.approx(3 / 5, abs=0.03)
+
+
+def test_five_of_model_ds_steps_show_an_effect_when_corrected():
+    steps = json.loads((ROOT / "results/d/steps.json").read_text())["steps"]
+    accuracies = {step: [run["accuracy"] for run in runs] for step, runs in steps.items()}
+    whole = accuracies.pop("the whole")
+    p_values = [stats.ttest_rel(values, whole).pvalue for values in accuracies.values()]
+    corrected = dict(zip(accuracies, multipletests(p_values, method="holm")[1], strict=True))
+    assert len(corrected) == 15
+    assert [step for step, p in corrected.items() if p < 0.05] == [
+        "1 epoch",
+        "without batch normalization, peak rate 0.001",
+        "constant rate of 0.001 in the schedule's place",
+        "without label smoothing",
+        "half as many filters",
+    ]
+    muon = list(accuracies).index("AdamW in Muon's place")
+    assert p_values[muon] < 0.05 < corrected["AdamW in Muon's place"]
 
 
 def test_the_times_in_the_readme_are_those_of_the_records():

@@ -97,9 +97,10 @@ def test_one_run_has_no_spread(stand_in):
 def test_the_first_screens_sentence_has_the_spread_and_how_many_seeds(stand_in):
     runs = [stand_in("a1", seed, range(count)) for seed, count in enumerate([30, 10, 20])]
     assert reference_sentence(runs).startswith(
-        "test accuracy 98.00 ± 1.00 % over 3 seeds, 97.00 % with seed 0; test loss 0.0300, "
+        "test accuracy 98.00 ± 1.00 % (mean ± standard deviation of 3 seeds); "
+        "with seed 0 97.00 %, test loss 0.0300, "
     )
-    assert reference_sentence(runs[:1]).startswith("test accuracy 97.00 % (one run, seed 0); ")
+    assert reference_sentence(runs[:1]).startswith("test accuracy 97.00 % (one run, seed 0), ")
 
 
 def test_the_image_test_is_mcnemars_exact_one_and_corrected_for_the_pairs(stand_in):
