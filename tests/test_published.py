@@ -215,13 +215,24 @@ def parameters_cell(name):
 
 def test_the_links_in_readme_and_notebooks_lead_somewhere():
     sources = {ROOT: README}
-    for path in NOTEBOOKS.glob("*.ipynb"):
+    for path in ALL_NOTEBOOKS:
         cells = nbformat.read(path, 4).cells
         sources[path] = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     for place, text in sources.items():
         folder = place if place.is_dir() else place.parent
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (folder / link).exists(), f"{place.name}: {link}"
+
+
+@pytest.mark.parametrize("setting", ["c7", "d-accuracy"])
+def test_an_executed_copy_has_the_notebooks_present_prose(setting):
+    copy = nbformat.read(REFERENCES[setting].folder / "executed.ipynb", 4)
+    notebook = nbformat.read(NOTEBOOKS / f"{SETTINGS[setting].notebook}.ipynb", 4)
+    prose, present = (
+        [c.source.replace("../../../notebooks/", "") for c in nb.cells if c.cell_type == "markdown"]
+        for nb in (copy, notebook)
+    )
+    assert prose == present
 
 
 @pytest.mark.parametrize("setting", ORIGINAL)

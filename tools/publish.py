@@ -40,6 +40,12 @@ def main() -> None:
     for name in {setting.notebook for setting in SETTINGS.values()}:
         own = {s: groups[s] for s in references if SETTINGS[s].notebook == name}
         write_sentence(ROOT / f"notebooks/{name}.ipynb", own)
+    for setting, run in references.items():
+        if (run.folder / "executed.ipynb").exists():
+            take_prose(
+                run.folder / "executed.ipynb",
+                ROOT / f"notebooks/{SETTINGS[setting].notebook}.ipynb",
+            )
     publish_comparison()
     write_readme(references, groups)
 
@@ -103,6 +109,16 @@ def write_sentence(path: Path, groups: dict[str, list[Run]]) -> None:
         r"^\*\*Reference run.*$", f"**Reference run**: {sentence}.", cell.source, flags=re.MULTILINE
     )
     write_notebook(notebook, path)
+
+
+def take_prose(copy: Path, path: Path) -> None:
+    """Put a notebook's present prose into an executed copy of it, with links that lead there."""
+    executed = nbformat.read(copy, 4)
+    prose = {cell.id: cell.source for cell in nbformat.read(path, 4).cells}
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?!https?:)", "](../../../notebooks/", prose[cell.id])
+    write_notebook(executed, copy)
 
 
 def publish_comparison() -> None:
