@@ -4,8 +4,8 @@ Usage, by make bench: python benchmarks/measure.py [--models a1 a2] [--rounds 3]
 
 Every measurement is one epoch in a process of its own. In a round each model is trained in each
 way, one after the other, so that a change of the machine's pace touches all alike; ratios are
-taken within a round, and their median is shown. Models measured anew take the place of their
-older measurements in measurements.json.
+taken within a round, and their median is shown. measurements.json keeps machines apart; models
+measured anew take the place of their older measurements on the same machine.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from mnist_utils.runs import load_runs, processor  # noqa: E402
 from mnist_utils.sweep import ONE_THREAD  # noqa: E402
 
 MODELS = ("a2", "a1", "c", "b")  # quickest first
+PRECISIONS = {"float32": "float32", "mixed_bfloat16": "bfloat16"}  # and what they are called
 WAYS = {
     "original": "original's code",
     "float32": "notebook, float32",
@@ -38,6 +39,7 @@ WAYS = {
     "pytorch": "PyTorch, float32",
 }
 SWEEP = "side_by_side"
+SWEPT = ("a2", "a1")  # for the others it would double hours
 # D's budgets: the model whose ten epochs each is measured by, and the precisions.
 BUDGETS = {"d-speed": ("b", ("float32", "mixed_bfloat16")), "d-accuracy": ("a1", ("float32",))}
 ALL = (*MODELS, *BUDGETS)
@@ -69,56 +71,73 @@ def run_side_by_side(model: str) -> dict:
 
 def measure(models: list[str], rounds: int) -> None:
     """Measure the models in all ways and rounds; keep what older runs know of the others."""
-    everything = {"machine": describe_machine(), "rounds": {}}
-    if MEASUREMENTS.exists():
-        older = json.loads(MEASUREMENTS.read_text())
-        if older["machine"] == everything["machine"]:
-            everything = older
-    for model in models:
-        if model in BUDGETS:
-            measure_budget(model, rounds, everything)
-            continue
-        done = []
-        for number in range(rounds):
-            row = {"gemm": {way: run_one("gemm", way) for way in ("float32", "bfloat16")}}
-            # Every other round goes the other way round.
-            for way in [*WAYS, SWEEP][:: -1 if number % 2 else 1]:
-                row[way] = run_side_by_side(model) if way == SWEEP else run_one(model, way)
-                seconds = row[way]["seconds"]
-                print(f"{model}, round {number + 1}, {way}: {seconds:.1f} s", flush=True)
-            done.append(row)
-        everything["rounds"][model] = done
+    machine = describe_machine()
+    everything = json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else []
+    for here in everything:
+        if here["machine"] == machine:
+            break
+    else:
+        here = {"machine": machine, "rounds": {}, "budgets": {}, "around": []}
+        everything.append(here)
+
+    def keep() -> None:
         MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
 
+    precisions = ["float32"]
+    if "bfloat16" in machine["processor"]:
+        precisions.append("mixed_bfloat16")
+    for model in models:
+        if model in BUDGETS:
+            here["budgets"][model] = measure_budget(model, rounds, precisions)
+        else:
+            here["rounds"][model] = measure_model(model, rounds, precisions)
+        keep()
+    if "a1" in models:
+        here["around"] = measure_around(rounds)
+        keep()
 
-def measure_budget(setting: str, rounds: int, everything: dict) -> None:
+
+def measure_model(model: str, rounds: int, precisions: list[str]) -> list[dict]:
+    """Measure a model in all ways, in rounds."""
+    done = []
+    ways = ["original", *precisions, "pytorch", *([SWEEP] if model in SWEPT else [])]
+    for number in range(rounds):
+        row = {"gemm": {precision: run_one("gemm", precision) for precision in precisions}}
+        # Every other round goes the other way round.
+        for way in ways[:: -1 if number % 2 else 1]:
+            row[way] = run_side_by_side(model) if way == SWEEP else run_one(model, way)
+            seconds = row[way]["seconds"]
+            print(f"{model}, round {number + 1}, {way}: {seconds:.1f} s", flush=True)
+        done.append(row)
+    return done
+
+
+def measure_budget(setting: str, rounds: int, precisions: list[str]) -> list[dict]:
     """Measure a budget's whole runs, and between them an epoch of the model it is measured by.
 
     A run is an ordinary one, seed by seed, and stays in runs/.
     """
-    (model, precisions), done = BUDGETS[setting], []
+    model, own = BUDGETS[setting]
+    ways, done = [model, *(precision for precision in precisions if precision in own)], []
     for seed in range(rounds):
         row = {}
-        for way in [model, *precisions][:: -1 if seed % 2 else 1]:
+        for way in ways[:: -1 if seed % 2 else 1]:
             arguments = (way, "float32") if way == model else (setting, way, str(seed))
             row[way] = run_one(*arguments)
             print(f"{setting}, round {seed + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
         done.append(row)
-    everything["budgets"] = everything.get("budgets", {}) | {setting: done}
-    MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
+    return done
 
 
-def measure_around(rounds: int) -> None:
+def measure_around(rounds: int) -> list[dict]:
     """Measure what A.1's notebook takes over the bare loop, and the comparison as a whole."""
-    everything = json.loads(MEASUREMENTS.read_text())
     done = []
     for _ in range(rounds):
         row = {f"a1 {way}": run_one("a1", way) for way in ("whole", "bare")}
         row["comparison"] = run_one("comparison", "opened")
         done.append(row)
         print(*(f"{name}: {one['seconds']:.1f} s" for name, one in row.items()), flush=True)
-    everything["around"] = done
-    MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
+    return done
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -149,29 +168,41 @@ def gemm_share(model: str, rounds: list[dict], way: str) -> float:
     macs = reference_runs(load_runs(reference_folder())[0])[model].record.architecture.macs
     (x_train, _), (x_test, _) = load_mnist()
     total = macs * (3 * len(x_train) + len(x_test))
-    gemm = "bfloat16" if way == "mixed_bfloat16" else "float32"
     return median(
-        total / row[way]["seconds"] / row["gemm"][gemm]["macs_per_second"] for row in rounds
+        total / row[way]["seconds"] / row["gemm"][way]["macs_per_second"] for row in rounds
     )
 
 
 def report() -> None:
-    """Write the tables into README.md, and the figure beside it."""
+    """Write the tables of each machine into README.md, and the figure beside it."""
     everything = json.loads(MEASUREMENTS.read_text())
-    measured = everything["rounds"]
-    rounds = {model: measured[model] for model in MODELS if model in measured}
-    parts = [
-        machine_text(everything["machine"]),
-        speed_table(rounds),
-        sweep_table(rounds),
-        memory_table(rounds),
-    ]
-    if "a1" in rounds and "around" in everything:
+    page = "\n\n".join(part for machine in everything for part in machine_report(**machine))
+    write_between_marks(HERE / "README.md", page)
+    draw(everything)
+
+
+def machine_report(machine: dict, rounds: dict, budgets: dict, around: list[dict]) -> list[str]:
+    """Return a machine's part of the page: a heading, tables and a sentence or two."""
+    rounds = in_order(rounds)
+    parts = [f"## {machine['processor']}", machine_text(machine)]
+    if rounds:
+        parts += [speed_table(rounds), memory_table(rounds)]
+    if swept := {model: done for model, done in rounds.items() if SWEEP in done[0]}:
+        parts.append(sweep_table(swept))
+    if "a1" in rounds and around:
         epoch = median(row["float32"]["seconds"] for row in rounds["a1"])
-        parts.append(around_text(everything["around"], epoch))
-    parts += [budget_table(name, done) for name, done in everything.get("budgets", {}).items()]
-    write_between_marks(HERE / "README.md", "\n\n".join(parts))
-    draw(rounds)
+        parts.append(around_text(around, epoch))
+    return parts + [budget_table(setting, done) for setting, done in budgets.items()]
+
+
+def in_order(rounds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Return the measured models, quickest first, in whatever order they were measured."""
+    return {model: rounds[model] for model in MODELS if model in rounds}
+
+
+def ways_of(rounds: dict[str, list[dict]]) -> dict[str, str]:
+    """Return the ways in which these models were measured, with their labels."""
+    return {way: label for way, label in WAYS.items() if all(way in r[0] for r in rounds.values())}
 
 
 def write_between_marks(page: Path, content: str) -> None:
@@ -192,7 +223,7 @@ def machine_text(machine: dict) -> str:
             ("Python", "python"),
         )
     )
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; {packages}."
+    return f"{machine['cores']} cores, {machine['system']}; {packages}."
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -203,30 +234,26 @@ def markdown(rows: list[list[str]]) -> str:
 
 def speed_table(rounds: dict[str, list[dict]]) -> str:
     """Return images a second in each way, and the ratios, in Markdown."""
-    compared = [("float32", "original"), ("mixed_bfloat16", "original"), ("float32", "pytorch")]
-    rows = [
-        [
-            "model",
-            "rounds",
-            *WAYS.values(),
-            "float32 to original",
-            "bfloat16 to original",
-            "float32 to PyTorch",
-            "share of GEMM, float32",
-            "share of GEMM, bfloat16",
-        ]
-    ]
+    ways = ways_of(rounds)
+    precisions = {way: name for way, name in PRECISIONS.items() if way in ways}
+    compared = {
+        **{f"{name} to original": (way, "original") for way, name in precisions.items()},
+        "float32 to PyTorch": ("float32", "pytorch"),
+    }
+    shares = [f"share of GEMM, {name}" for name in precisions.values()]
+    rows = [["model", "rounds", *ways.values(), *compared, *shares]]
     images = len(load_mnist()[0][0])
     for model, done in rounds.items():
-        rates = [f"{images / median(row[way]['seconds'] for row in done):,.0f}" for way in WAYS]
-        cells = [spread(ratios(done, way, to)) for way, to in compared]
-        shares = [f"{gemm_share(model, done, way):.2f}" for way in ("float32", "mixed_bfloat16")]
+        rates = [f"{images / median(row[way]['seconds'] for row in done):,.0f}" for way in ways]
+        cells = [spread(ratios(done, way, to)) for way, to in compared.values()]
+        shares = [f"{gemm_share(model, done, way):.2f}" for way in precisions]
         rows.append([SETTINGS[model].title, str(len(done)), *rates, *cells, *shares])
     means = [
         f"{geometric_mean(median(ratios(done, way, to)) for done in rounds.values()):.2f}"
-        for way, to in compared
+        for way, to in compared.values()
     ]
-    rows.append(["geometric mean", "", "", "", "", "", *means, "", ""])
+    empty = [""] * len(precisions)
+    rows.append(["geometric mean", "", *[""] * len(ways), *means, *empty])
     return markdown(rows)
 
 
@@ -246,16 +273,17 @@ def budget_table(setting: str, rounds: list[dict]) -> str:
         [SETTINGS[setting].title, "rounds", "seconds in all", f"share of ten epochs of {title}"]
     ]
     for precision in precisions:
-        seconds = [row[precision]["seconds"] for row in rounds]
-        shares = [row[precision]["seconds"] / (10 * row[other]["seconds"]) for row in rounds]
-        rows.append(
-            [
-                precision,
-                str(len(rounds)),
-                spread(seconds, ".1f"),
-                spread(shares, ".2%"),
-            ]
-        )
+        if precision in rounds[0]:
+            seconds = [row[precision]["seconds"] for row in rounds]
+            shares = [row[precision]["seconds"] / (10 * row[other]["seconds"]) for row in rounds]
+            rows.append(
+                [
+                    PRECISIONS[precision],
+                    str(len(rounds)),
+                    spread(seconds, ".1f"),
+                    spread(shares, ".2%"),
+                ]
+            )
     epochs = [row[other]["seconds"] for row in rounds]
     return f"{markdown(rows)}\n\nAn epoch of {title}, in seconds: {spread(epochs, '.1f')}."
 
@@ -283,27 +311,36 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 def memory_table(rounds: dict[str, list[dict]]) -> str:
     """Return the peak memory of each process, in Markdown."""
-    rows = [["peak memory, MB", *WAYS.values()]]
+    ways = ways_of(rounds)
+    rows = [["peak memory, MB", *ways.values()]]
     for model, done in rounds.items():
-        peaks = [f"{median(row[way]['peak_megabytes'] for row in done):,.0f}" for way in WAYS]
+        peaks = [f"{median(row[way]['peak_megabytes'] for row in done):,.0f}" for way in ways]
         rows.append([SETTINGS[model].title, *peaks])
     return markdown(rows)
 
 
-def draw(rounds: dict[str, list[dict]]) -> None:
-    """Draw each way's speed, as a multiple of the original's code, for each model."""
+def draw(everything: list[dict]) -> None:
+    """Draw each way's speed, as a multiple of the original's code; a panel for each machine."""
+    measured = [(m["machine"]["processor"], in_order(m["rounds"])) for m in everything]
+    measured = [(title, rounds) for title, rounds in measured if rounds]
+    colours = dict(zip(WAYS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    width = 0.8 / len(WAYS)
     with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        width = 0.8 / len(WAYS)
-        for place, (way, label) in enumerate(WAYS.items()):
-            values = [median(ratios(done, way, "original")) for done in rounds.values()]
-            places = [i + (place - (len(WAYS) - 1) / 2) * width for i in range(len(rounds))]
-            bars = ax.bar(places, values, width * 0.92, label=label)
-            ax.bar_label(bars, fmt="%.2f", fontsize=9)
-        ax.set_xticks(range(len(rounds)), [SETTINGS[model].title for model in rounds])
-        ax.set_ylabel("speed, the original's code = 1")
-        ax.margins(y=0.12)
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        fig, axes = plt.subplots(
+            len(measured), figsize=(9, 3.2 * len(measured)), layout="constrained", squeeze=False
+        )
+        for ax, (title, rounds) in zip(axes[:, 0], measured, strict=True):
+            ways = ways_of(rounds)
+            for place, way in enumerate(ways):
+                values = [median(ratios(done, way, "original")) for done in rounds.values()]
+                places = [i + (place - (len(ways) - 1) / 2) * width for i in range(len(rounds))]
+                bars = ax.bar(places, values, width * 0.92, label=WAYS[way], color=colours[way])
+                ax.bar_label(bars, fmt="%.2f", fontsize=9)
+            ax.set_title(title)
+            ax.set_xticks(range(len(rounds)), [SETTINGS[model].title for model in rounds])
+            ax.set_ylabel("speed, the original's code = 1")
+            ax.margins(y=0.12)
+            ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
         fig.savefig(HERE / "speed.png", dpi=160)
 
 
@@ -315,8 +352,6 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         measure(options.models, options.rounds)
-        if "a1" in options.models:
-            measure_around(options.rounds)
     report()
 
 

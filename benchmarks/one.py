@@ -1,7 +1,7 @@
 """Measure one thing in a process of its own, and print it as JSON: mostly a model's epoch.
 
 Usage: python benchmarks/one.py a2 original|float32|mixed_bfloat16|pytorch [IMAGES]
-       python benchmarks/one.py gemm float32|bfloat16
+       python benchmarks/one.py gemm float32|mixed_bfloat16
        python benchmarks/one.py a1 whole|bare
        python benchmarks/one.py d-speed|d-accuracy float32|mixed_bfloat16 SEED
        python benchmarks/one.py comparison opened
@@ -159,7 +159,7 @@ def multiply(precision: str) -> float:
     """Return the multiply-adds a second of a large matrix product: the machine's limit."""
     from mnist_utils.training import tf
 
-    a = tf.cast(tf.random.normal([GEMM_SIZE, GEMM_SIZE]), precision)
+    a = tf.cast(tf.random.normal([GEMM_SIZE, GEMM_SIZE]), precision.removeprefix("mixed_"))
     seconds = []
     for _ in range(6):
         began = time.perf_counter()

@@ -212,3 +212,24 @@ def test_a_file_half_written_is_not_left_behind(tmp_path, monkeypatch):
         runs.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model name\t: X 9\nflags\t: sse avx2 avx512f avx512_bf16", "X 9, AVX-512 with bfloat16"),
+        ("model name\t: X 9\nflags\t: sse avx2\n\nmodel name\t: X 9", "X 9, AVX2"),
+        ("model name\t: X 9\nflags\t: sse", "X 9"),
+    ],
+)
+def test_a_processor_is_told_by_its_name_and_its_widest_vectors(cpuinfo, expected, monkeypatch):
+    monkeypatch.setattr(runs.Path, "read_text", lambda path: cpuinfo)
+    assert runs.processor() == expected
+
+
+def test_where_there_is_no_cpuinfo_the_processor_is_named_all_the_same(monkeypatch):
+    def fail(path):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(runs.Path, "read_text", fail)
+    assert runs.processor()
