@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 TRAIN_IMAGES = 60_000
+MOST_SEED = 2**32 - 1
 
 
 class Setting(NamedTuple):
@@ -42,7 +43,7 @@ MODELS = tuple(dict.fromkeys(setting.model for setting in SETTINGS.values()))
 ALLOWED = {
     "epochs": "a whole number of 1 or more",
     "batch_size": "a whole number from 1 to the number of training images",
-    "seed": "a whole number from 0 to 4294967295",
+    "seed": f"a whole number from 0 to {MOST_SEED}",
     "train_samples": "None (all images) or a whole number from 1 to the number of training images",
     "dataset": '"mnist" or the path of an npz file',
     "precision": '"float32", "mixed_bfloat16" or, on a GPU, "mixed_float16"',
@@ -73,7 +74,7 @@ class Parameters(BaseModel):
     model: Literal[MODELS]
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)]
     train_samples: Annotated[int, Field(ge=1)] | None = None
     dataset: str = "mnist"
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"

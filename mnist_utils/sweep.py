@@ -5,13 +5,16 @@ executed notebook, the record and the predictions travel back, and the client wr
 file system is shared.
 """
 
+import hashlib
 import itertools
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,14 +24,15 @@ from distributed import Client, Future, as_completed
 from distributed.scheduler import KilledWorker
 
 from mnist_utils.headless import EXECUTED, FAILED, Task, execute, first_line, make_task
-from mnist_utils.parameters import InputError
+from mnist_utils.parameters import MOST_SEED, InputError
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import RECORD_FILE, write_whole
 
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 # One thread a run: several runs side by side get more done than one run with all threads.
 ONE_THREAD = {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1", "OMP_NUM_THREADS": "1"}
-TASKS_A_THREAD = 4  # waiting or running at a time, so that the client's memory stays flat
+TASKS_A_WORKER = 4  # waiting or running at a time, so that the client's memory stays flat
+CODE = "code of mnist_utils"
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,33 @@ class Outcome:
 def make_tasks(settings: list[str], seeds: Iterable[int], values: dict[str, list]) -> list[Task]:
     """Return a task for each setting, seed and combination of parameter values.
 
-    Raises InputError for a bad parameter or an unknown setting.
+    Where two would make the same run there is one. Raises InputError for a bad parameter or an
+    unknown setting.
     """
+    if "seed" in values:
+        raise InputError(
+            "seed is no parameter of a sweep; it takes seeds by --seeds (make: SEEDS), such as 0-4."
+        )
     combinations = itertools.product(*values.values())
     given = [dict(zip(values, combination, strict=True)) for combination in combinations]
-    return [
+    tasks = [
         make_task(setting, {**parameters, "seed": seed})
         for setting, parameters, seed in itertools.product(settings, given, seeds)
     ]
+    return list({task.folder: task for task in tasks}.values())
 
 
-def run_on_worker(notebook: str, given: dict, data: tuple[str, bytes] | None) -> Outcome:
+def run_on_worker(
+    notebook: str, given: dict, data: tuple[str, bytes] | None, versions: dict[str, str]
+) -> Outcome:
     """Run a notebook, given as JSON, in an empty folder of the worker's, and return its files.
 
-    ``data`` is the name and content of the data set's file, None for the embedded one.
+    ``data`` is the name and content of the data set's file, None for the embedded one;
+    ``versions`` are the client's packages: a worker that joined late has not been checked.
     """
     began = time.perf_counter()
+    if problem := difference(package_versions(), versions):
+        return Outcome({}, f"Its worker {problem}.", 0.0)
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as temporary:
         os.chdir(temporary)  # relative, so that no path of the worker's gets into the notebook
@@ -89,6 +104,11 @@ def write_outcome(task: Task, outcome: Outcome) -> str | None:
         return outcome.problem.split(" Its executed copy:")[0] + place
     if not task.finished_run():
         return "The notebook ran, but left no record."
+    # What an older run, or an older failure, of the same parameters left.
+    (task.folder / FAILED).unlink(missing_ok=True)
+    for older in task.folder.glob("predictions-*.npz"):
+        if older.name not in outcome.files:
+            older.unlink()
     return None
 
 
@@ -130,13 +150,31 @@ def open_client(scheduler: str | None) -> Client:
         ) from None
 
 
+@cache  # a worker looks at every run
 def package_versions() -> dict[str, str]:
-    """Return the versions on which a run's numbers depend."""
-    return {package: version(package) for package in PACKAGES}
+    """Return the versions on which a run's numbers depend; of the helpers, a digest as well.
+
+    Two checkouts have the same version, but perhaps not the same code.
+    """
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    return {package: version(package) for package in PACKAGES} | {CODE: code.hexdigest()[:8]}
+
+
+def difference(there: dict[str, str], here: dict[str, str]) -> str | None:
+    """Return in words the first package of a worker's that is not as on the client, if any."""
+    for package, wanted in here.items():
+        if there.get(package) != wanted:
+            return f"has {package} {there.get(package)}; it must be {wanted}, as on the client"
+    return None
 
 
 def check_workers(client: Client) -> None:
-    """Raise InputError when a worker's packages are not those of the client."""
+    """Raise InputError when a worker has other packages than the client, or several threads.
+
+    A run has its process to itself: the working folder and the environment are the process's.
+    """
     try:
         client.wait_for_workers(1, timeout=60)
     except TimeoutError:
@@ -150,12 +188,14 @@ def check_workers(client: Client) -> None:
             "the client has."
         ) from None
     for worker, there in workers.items():
-        for package, found in there.items():
-            if found != here[package]:
-                raise InputError(
-                    f"The worker {worker} has {package} {found}; it must be {here[package]}, as "
-                    "on the client."
-                )
+        if problem := difference(there, here):
+            raise InputError(f"The worker {worker} {problem}.")
+    for worker, threads in client.nthreads().items():
+        if threads > 1:
+            raise InputError(
+                f"The worker {worker} has {threads} threads; it must have one: start it with "
+                "--nthreads 1."
+            )
 
 
 def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
@@ -163,8 +203,8 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
     left, failed = iter(wanted), []
     running: dict[Future, Task] = {}
     began = time.perf_counter()
-    room = TASKS_A_THREAD * max(1, sum(client.nthreads().values()))
     results = as_completed()
+    versions = package_versions()
     data = {
         path: client.scatter((Path(path).name, Path(path).read_bytes()))
         for path in {task.parameters.dataset for task in wanted} - {"mnist"}
@@ -176,13 +216,19 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
             to_send(task.notebook),
             task.given,
             data.get(task.parameters.dataset),
+            versions,
             pure=False,  # every run is a run of its own
         )
         running[future] = task
         results.add(future)
 
-    for task in itertools.islice(left, room):
-        submit(task)
+    def fill() -> None:
+        """Keep as many tasks under way as the workers, of which some may join late, have room."""
+        room = TASKS_A_WORKER * max(1, len(client.nthreads()))
+        for task in itertools.islice(left, max(0, room - len(running))):
+            submit(task)
+
+    fill()
     for done, future in enumerate(results, 1):
         task = running.pop(future)
         problem = _write_future(task, future)
@@ -196,8 +242,7 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
             f"FAILED: {problem}" if problem else _result(task),
             flush=True,
         )
-        for following in itertools.islice(left, 1):
-            submit(following)
+        fill()
     return failed
 
 
@@ -228,8 +273,11 @@ def parse_seeds(text: str) -> list[int]:
     """Return the seeds of "0-4" or "0,2,7-9"; raise InputError for anything else."""
     seeds = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"seeds is {text!r}; it must be like 0-4 or 0,2,7-9.")
-        seeds += range(int(first), int(last if dash else first) + 1)
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last <= MOST_SEED:
+            raise InputError(
+                f"seeds is {text!r}; it must be like 0-4 or 0,2,7-9, from 0 to {MOST_SEED}."
+            )
+        seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))

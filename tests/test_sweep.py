@@ -1,6 +1,7 @@
 """Sweeps on real Dask processes; a notebook of milliseconds stands in where many runs matter."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,14 @@ from conftest import ROOT, output_text, python
 from mnist_utils.headless import Task
 from mnist_utils.parameters import InputError, check_parameters
 from mnist_utils.runs import load_runs
-from mnist_utils.sweep import make_tasks, parse_seeds, run_sweep
+from mnist_utils.sweep import (
+    difference,
+    make_tasks,
+    package_versions,
+    parse_seeds,
+    run_on_worker,
+    run_sweep,
+)
 
 # Saves a record as a model notebook does, but of a run that took no time.
 STAND_IN = """
@@ -106,12 +114,18 @@ def tls_cluster(tmp_path, monkeypatch):
     dask.config.refresh()
 
 
-def start_cluster(tmp_path, *options):
+@pytest.fixture
+def two_thread_cluster(tmp_path):
+    """The same, but a worker has two threads, as it has by itself on two cores."""
+    yield from start_cluster(tmp_path, threads=2)
+
+
+def start_cluster(tmp_path, *options, threads=1):
     file = tmp_path / "scheduler.json"
-    listen = ("--host", "127.0.0.1")
     processes = [
         start(
-            *("distributed.cli.dask_scheduler", *listen, "--port", 0, "--no-dashboard"),
+            *("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", 0),
+            "--no-dashboard",
             *("--scheduler-file", file, *options),
             folder=tmp_path / "scheduler",
         )
@@ -121,18 +135,19 @@ def start_cluster(tmp_path, *options):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     address = json.loads(file.read_text())["address"]
-    processes += [
-        start(
-            *("distributed.cli.dask_worker", address, *listen, "--nthreads", 1),
-            *("--no-nanny", "--no-dashboard", "--name", name),
-            folder=tmp_path / name,
-        )
-        for name in ("first", "second")
-    ]
+    processes += [start_worker(tmp_path, address, name, threads) for name in ("first", "second")]
     yield address, processes
     for process in processes:
         process.kill()
         process.wait()
+
+
+def start_worker(tmp_path, address, name, threads=1):
+    return start(
+        *("distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", threads),
+        *("--no-nanny", "--no-dashboard", "--name", name),
+        folder=tmp_path / name,
+    )
 
 
 def seeds(folder):
@@ -151,7 +166,10 @@ def kill_in_mid_run(worker: subprocess.Popen) -> None:
 def started(process: subprocess.Popen) -> bool:
     """Is a notebook's kernel running below this process?"""
     children = psutil.Process(process.pid).children(recursive=True)
-    return any("ipykernel_launcher" in child.cmdline() for child in children)
+    try:
+        return any("ipykernel_launcher" in child.cmdline() for child in children)
+    except psutil.NoSuchProcess:  # it just ended
+        return False
 
 
 def test_every_run_is_recorded_once_though_a_worker_is_killed(cluster, stand_ins, tmp_path, capsys):
@@ -181,6 +199,13 @@ def test_a_run_that_fails_is_named_and_the_others_are_recorded(stand_ins, tmp_pa
     assert "1 of 3 failed." in output.err
     assert all(task.finished_run() for task in (tasks[0], tasks[2]))
     assert not tasks[1].finished_run()
+    # Mended and run again, it leaves nothing of the failure.
+    assert run_sweep(stand_ins(3)) == 0
+    assert sorted(path.name for path in tasks[1].folder.iterdir()) == [
+        "executed.ipynb",
+        "metrics.json",
+        "predictions.npz",
+    ]
 
 
 def test_real_models_travel_to_a_worker_and_back(small_mnist, tmp_path):
@@ -244,9 +269,60 @@ class Versions:
         return eval, ("__import__('mnist_utils.sweep').sweep.package_versions",)
 
 
+def test_a_worker_with_several_threads_is_refused(two_thread_cluster, stand_ins):
+    address, _ = two_thread_cluster
+    with pytest.raises(InputError, match=r"has 2 threads; it must have one: .* --nthreads 1"):
+        run_sweep(stand_ins(1), address)
+
+
+def test_a_worker_that_joins_late_gets_its_share(cluster, stand_ins, tmp_path, monkeypatch):
+    monkeypatch.setattr("mnist_utils.sweep.TASKS_A_WORKER", 1)
+    address, processes = cluster
+    took_part = []
+
+    def join_late():
+        while not any(map(started, processes)):
+            time.sleep(0.05)
+        processes.append(start_worker(tmp_path, address, "late"))
+        while not all(map(started, processes[1:])):  # all three at the same time
+            time.sleep(0.05)
+        took_part.append("late")
+
+    Thread(target=join_late, daemon=True).start()
+    assert run_sweep(stand_ins(12, seconds=1), address) == 0
+    assert took_part
+    assert seeds(tmp_path / "runs") == list(range(12))
+
+
+def test_a_run_on_a_worker_that_was_not_checked_is_refused_there():
+    outcome = run_on_worker("{}", {}, None, {"numpy": "0.1"})
+    assert outcome.files == {}
+    assert re.fullmatch(r"Its worker has numpy .*; it must be 0\.1, as .*\.", outcome.problem)
+
+
+def test_checkouts_of_the_same_version_but_other_code_are_told_apart(monkeypatch, tmp_path):
+    here = package_versions()
+    copy = shutil.copytree(ROOT / "mnist_utils", tmp_path / "mnist_utils")
+    (copy / "plotting.py").write_text((copy / "plotting.py").read_text() + "# changed\n")
+    monkeypatch.setattr("mnist_utils.sweep.__file__", str(copy / "sweep.py"))
+    there = package_versions.__wrapped__()
+    assert difference(there, here).startswith("has code of mnist_utils ")
+    assert difference(here, here) is None
+
+
 def test_tasks_are_models_times_seeds_times_values(tmp_path):
     tasks = make_tasks(["a1", "a2"], [0, 1], {"epochs": [1, 2], "results_dir": [str(tmp_path)]})
     assert len({task.folder for task in tasks}) == len(tasks) == 8
+
+
+def test_the_same_run_asked_for_twice_is_one_task(tmp_path):
+    values = {"first_kernel_size": [7, 7], "results_dir": [str(tmp_path)]}
+    assert len(make_tasks(["c7", "c7"], [0, 0], values)) == 1
+
+
+def test_a_seed_given_as_a_parameter_is_refused():
+    with pytest.raises(InputError, match="it takes seeds by --seeds"):
+        make_tasks(["a1"], [0], {"seed": [3]})
 
 
 @pytest.mark.parametrize(
@@ -256,7 +332,7 @@ def test_seeds_are_read(text, expected):
     assert parse_seeds(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "-1", "a", "1-", "1.5", "0-4-5"])
+@pytest.mark.parametrize("text", ["", "-1", "a", "1-", "1.5", "0-4-5", "4-0", "4294967296"])
 def test_bad_seeds_are_refused(text):
     with pytest.raises(InputError, match="it must be like 0-4"):
         parse_seeds(text)
