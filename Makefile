@@ -23,7 +23,7 @@ help:
 	@echo 'make jupyter  open the notebooks in JupyterLab'
 	@echo 'make test     run the tests'
 	@echo 'make test-browser  try the notebooks in JupyterLab, in Chromium'
-	@echo 'make bench    measure speed beside other code (two hours); MODELS="a2 a1" ROUNDS=3'
+	@echo 'make bench    measure speed beside other code (two to five hours); MODELS="a2 a1" ROUNDS=3'
 	@echo 'make bench-sweep  measure what a run costs a sweep'
 	@echo 'make html     write the notebooks as a static site, in site/'
 	@echo 'make links    REPO=owner/name: set the public name that badges lead to'

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import geometric_mean, mean, median
 
 import matplotlib.pyplot as plt
+from dask.system import CPU_COUNT
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -62,23 +63,25 @@ def run_side_by_side(model: str) -> dict:
 
     The seconds are those of one run, divided by their number: what a run costs the machine.
     """
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cores) as pool:
-        running = [pool.submit(run_one, model, "float32", threads=ONE_THREAD) for _ in range(cores)]
+    with ThreadPoolExecutor(CPU_COUNT) as pool:
+        running = [
+            pool.submit(run_one, model, "float32", threads=ONE_THREAD) for _ in range(CPU_COUNT)
+        ]
         seconds = [future.result()["seconds"] for future in running]
-    return {"seconds": mean(seconds) / cores}
+    return {"seconds": mean(seconds) / CPU_COUNT}
 
 
 def measure(models: list[str], rounds: int) -> None:
     """Measure the models in all ways and rounds; keep what older runs know of the others."""
     machine = describe_machine()
-    everything = json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else []
-    for here in everything:
-        if here["machine"] == machine:
-            break
-    else:
-        here = {"machine": machine, "rounds": {}, "budgets": {}, "around": []}
-        everything.append(here)
+    here = {"machine": machine, "rounds": {}, "budgets": {}, "around": []}
+    everything = []
+    for older in json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else []:
+        if older["machine"] == machine:
+            here = older
+        elif older["machine"]["processor"] != machine["processor"]:
+            everything.append(older)  # other versions on the same processor are left out
+    everything.append(here)
 
     def keep() -> None:
         MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
@@ -147,7 +150,7 @@ def describe_machine() -> dict[str, str | int]:
     packages = ("tensorflow", "keras", "torch", "numpy")
     return {
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": CPU_COUNT,
         "system": platform.system(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
@@ -270,22 +273,34 @@ def budget_table(setting: str, rounds: list[dict]) -> str:
     other, precisions = BUDGETS[setting]
     title = SETTINGS[other].title
     rows = [
-        [SETTINGS[setting].title, "rounds", "seconds in all", f"share of ten epochs of {title}"]
+        [
+            SETTINGS[setting].title,
+            "rounds",
+            "seconds in all",
+            f"share of ten epochs of {title}",
+            "peak memory, MB",
+        ]
     ]
     for precision in precisions:
         if precision in rounds[0]:
             seconds = [row[precision]["seconds"] for row in rounds]
             shares = [row[precision]["seconds"] / (10 * row[other]["seconds"]) for row in rounds]
+            memory = median(row[precision]["peak_megabytes"] for row in rounds)
             rows.append(
                 [
                     PRECISIONS[precision],
                     str(len(rounds)),
                     spread(seconds, ".1f"),
                     spread(shares, ".2%"),
+                    f"{memory:,.0f}",
                 ]
             )
     epochs = [row[other]["seconds"] for row in rounds]
-    return f"{markdown(rows)}\n\nAn epoch of {title}, in seconds: {spread(epochs, '.1f')}."
+    memory = median(row[other]["peak_megabytes"] for row in rounds)
+    return (
+        f"{markdown(rows)}\n\nAn epoch of {title} took {spread(epochs, '.1f')} s in the same "
+        f"rounds, and {memory:,.0f} MB."
+    )
 
 
 def around_text(rounds: list[dict], epoch: float) -> str:
@@ -347,7 +362,7 @@ def draw(everything: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=ALL, choices=ALL)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="1-99")
     parser.add_argument("--report", action="store_true", help="write the report, measure nothing")
     options = parser.parse_args()
     if not options.report:

@@ -30,10 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def sweep(options, given: dict[str, list]) -> int:
     # Dask is needed for sweeps alone.
-    from mnist_utils.sweep import make_tasks, parse_seeds, run_sweep
+    from mnist_utils.sweep import make_tasks, parse_seeds, print_means, run_sweep
 
     tasks = make_tasks(options.models, parse_seeds(options.seeds), given)
-    return run_sweep(tasks, options.scheduler)
+    code = run_sweep(tasks, options.scheduler)
+    print_means(tasks)
+    return code
 
 
 def make_parser() -> argparse.ArgumentParser:

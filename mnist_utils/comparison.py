@@ -136,33 +136,18 @@ def summary_table(runs: Iterable[Run], missing: Iterable[str] = ()) -> PrettyTab
     return table
 
 
-def own_table(runs: Iterable[Run], references: dict[str, Run]) -> PrettyTable:
-    """Return the summary table of a reader's own runs, the reference runs' results beside it."""
-    runs = list(runs)
-    table = summary_table(runs)
-    beside = [references.get(setting_of(run)) for run in runs]
-    table.add_column(
-        "reference loss", [f"{run.record.test_loss:.4f}" if run else "-" for run in beside]
-    )
-    table.add_column(
-        "reference accuracy (%)",
-        [percent(run.record.test_accuracy) if run else "-" for run in beside],
-    )
-    return table
-
-
 def by_parameters(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Return runs in groups of the same parameters, in the order of SETTINGS, under a title.
 
-    The title is the original's, with what differs from the reference runs. A model's own
-    parameters do not split a group.
+    The title is the original's, with what differs from the reference runs. The seed and a model's
+    own parameters do not split a group.
     """
     order = list(SETTINGS)
     groups = {}
     for run in sorted(runs, key=lambda run: order.index(setting_of(run) or order[-1])):
         parameters = run.record.run.model_dump()
         title = f"Epoch : {parameters['epochs']} and Batch Size : {parameters['batch_size']}"
-        for name in ("train_samples", "dataset", "precision", "seed"):
+        for name in ("train_samples", "dataset", "precision"):
             if parameters[name] != REFERENCE[name]:
                 title += f", {name} {parameters[name]}"
         groups.setdefault(title, []).append(run)

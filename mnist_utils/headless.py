@@ -16,7 +16,7 @@ import papermill
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 
-from mnist_utils.comparison import by_parameters, own_table, reference_folder, reference_runs
+from mnist_utils.comparison import by_parameters, reference_folder, reference_runs
 from mnist_utils.data import load_mnist
 from mnist_utils.parameters import (
     SETTINGS,
@@ -26,9 +26,11 @@ from mnist_utils.parameters import (
     check_parameters,
     project_folder,
     results_folder,
+    trained_on,
 )
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
+from mnist_utils.spread import over_seeds, own_table
 
 # A model that is added later comes after these.
 SIZES = ["d-speed", "a2", "a1", "d-accuracy", "c", "c7", "b"]
@@ -137,7 +139,7 @@ def run_all(settings: list[str], given: dict) -> int:
     InputError for a bad parameter, before anything runs.
     """
     tasks = [make_task(setting, given) for setting in dict.fromkeys(settings)]
-    clock = Clock(tasks, count_images(tasks[0].parameters))
+    clock = Clock(tasks, count_images(tasks))
     if given:
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         print(f"Parameters: {shown}; the others as in the notebooks.", flush=True)
@@ -168,10 +170,15 @@ def run_all(settings: list[str], given: dict) -> int:
     return 1 if failed else 0
 
 
-def count_images(parameters: Parameters) -> int:
-    """Return the number of training images; raise InputError for data none could train on."""
-    (x_train, _), _ = load_mnist(parameters.dataset, parameters.train_samples, parameters.seed)
-    check_batch_size(parameters.batch_size, len(x_train))
+def count_images(tasks: list[Task]) -> int:
+    """Return the number of training images; raise InputError for data that cannot be trained on.
+
+    All tasks have the same data.
+    """
+    given = tasks[0].parameters
+    (x_train, _), _ = load_mnist(given.dataset, given.train_samples, given.seed)
+    for task in tasks:
+        check_batch_size(given.batch_size, trained_on(task.parameters.model, len(x_train)))
     return len(x_train)
 
 
@@ -183,7 +190,7 @@ def run_comparison(given: dict) -> list[str]:
     if problem:
         print(f"{COMPARISON}: FAILED: {problem}", flush=True)
         return [COMPARISON]
-    references = reference_runs(load_runs(reference_folder())[0])
+    references = over_seeds(load_runs(reference_folder())[0])
     runs, problems = load_runs(results)
     for title, group in by_parameters(runs).items():
         print(title, own_table(group, references), sep="\n")

@@ -161,17 +161,22 @@ def check_counts(parameters: Parameters) -> None:
     """
     if parameters.dataset != "mnist":
         return
-    samples = parameters.train_samples
-    if samples is not None and samples > TRAIN_IMAGES:
-        allowed = f"None (all images) or a whole number from 1 to {TRAIN_IMAGES}"
+    samples, least = parameters.train_samples, 2 if parameters.model == "d" else 1
+    if samples is not None and not least <= samples <= TRAIN_IMAGES:
+        allowed = f"None (all images) or a whole number from {least} to {TRAIN_IMAGES}"
         raise refusal("train_samples", samples, allowed)
-    check_batch_size(parameters.batch_size, samples or TRAIN_IMAGES)
+    check_batch_size(parameters.batch_size, trained_on(parameters.model, samples or TRAIN_IMAGES))
+
+
+def trained_on(model: str, images: int) -> int:
+    """Return on how many of the training images a model trains: D keeps some back to validate."""
+    return images - max(1, images // 60) if model == "d" else images
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise InputError for a batch larger than the number of training images."""
+    """Raise InputError for a batch larger than the number of images to train on."""
     if batch_size > images:
-        allowed = f"a whole number from 1 to the number of training images, {images}"
+        allowed = f"a whole number from 1 to the number of images to train on, {images}"
         raise refusal("batch_size", batch_size, allowed)
 
 

@@ -1,6 +1,6 @@
 """What several runs of a model say together, and whether two models differ."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import combinations, pairwise
 from statistics import median
@@ -11,7 +11,13 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from mnist_utils.comparison import percent, reference_parameters, setting_of
+from mnist_utils.comparison import (
+    percent,
+    reference_parameters,
+    setting_of,
+    summary_table,
+    title_of,
+)
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import Run
 
@@ -42,7 +48,7 @@ def over_seeds(runs: Iterable[Run], precision: str = "float32") -> dict[str, lis
 def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
     """Return, for each setting, n, mean and standard deviation, interval, best and worst.
 
-    The interval holds the mean of all seeds with 95 % confidence, by Student's t; with one run
+    The intervals hold the means of all seeds with 95 % confidence, by Student's t; with one run
     there is neither spread nor interval, and the table says so.
     """
     table = PrettyTable(
@@ -50,10 +56,11 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
             "Model",
             "n",
             "test accuracy (%)",
-            "95 % interval of the mean",
+            "95 % interval, accuracy",
             "best",
             "worst",
             "test loss",
+            "95 % interval, loss",
             "best loss",
             "worst loss",
         ]
@@ -66,10 +73,11 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
                 SETTINGS[setting].title,
                 len(runs),
                 accuracy_over_seeds(runs),
-                _interval(accuracies),
+                _interval(accuracies, 2),
                 f"{accuracies.max():.2f}",
                 f"{accuracies.min():.2f}",
-                _mean_and_deviation(losses, 4),
+                loss_over_seeds(runs),
+                _interval(losses, 4),
                 f"{losses.min():.4f}",
                 f"{losses.max():.4f}",
             ]
@@ -77,9 +85,42 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
     return table
 
 
+def own_table(runs: Iterable[Run], groups: dict[str, list[Run]]) -> PrettyTable:
+    """Return the summary table of a reader's own runs, the reference runs' results beside it.
+
+    ``runs`` may differ in the seed and in the model's own parameters alone. Those that differ in
+    the seed alone share a row, with the mean ± standard deviation. ``groups`` are the reference
+    runs over seeds.
+    """
+    alike: dict[tuple, list[Run]] = {}
+    for run in runs:
+        alike.setdefault((title_of(run), run.record.architecture.digest), []).append(run)
+    beside = [groups.get(setting_of(same[0])) for same in alike.values()]
+    table = summary_table(same[0] for same in alike.values())
+    for column in ("test loss", "test accuracy (%)"):
+        table.del_column(column)
+    table.add_column("seed", [_seeds_text(same) for same in alike.values()])
+    for name, rows in (("", alike.values()), ("reference ", beside)):
+        table.add_column(f"{name}loss", [loss_over_seeds(same) if same else "-" for same in rows])
+        table.add_column(
+            f"{name}accuracy (%)", [accuracy_over_seeds(same) if same else "-" for same in rows]
+        )
+    return table
+
+
+def _seeds_text(runs: list[Run]) -> str:
+    seeds = sorted(run.record.run.seed for run in runs)
+    return str(seeds[0]) if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def loss_over_seeds(runs: list[Run]) -> str:
+    """Return the mean test loss of runs, with its standard deviation if any."""
+    return mean_and_deviation([run.record.test_loss for run in runs], 4)
+
+
 def accuracy_over_seeds(runs: list[Run]) -> str:
     """Return the mean test accuracy of runs in percent, with its standard deviation if any."""
-    return _mean_and_deviation(np.array([100 * run.record.test_accuracy for run in runs]), 2)
+    return mean_and_deviation([100 * run.record.test_accuracy for run in runs], 2)
 
 
 def reference_sentence(runs: list[Run]) -> str:
@@ -103,18 +144,19 @@ def reference_sentence(runs: list[Run]) -> str:
     )
 
 
-def _mean_and_deviation(values: np.ndarray, digits: int) -> str:
-    mean = f"{values.mean():.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Return the mean, and the standard deviation if there are several values."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def _interval(values: np.ndarray) -> str:
+def _interval(values: np.ndarray, digits: int) -> str:
     if len(values) == 1:
         return "one run: not known"
     if values.std() == 0:
         return "no spread"
     low, high = stats.ttest_1samp(values, 0).confidence_interval(1 - LEVEL)
-    return f"{low:.2f} to {high:.2f}"
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def seed_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
@@ -135,8 +177,8 @@ def image_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
     """Return for each pair of settings how likely it is that chance alone tells them apart.
 
     The exact McNemar test over the test images that one model gets right and the other wrong,
-    for the two runs with the lowest seed that both have, by statsmodels; corrected for the
-    number of pairs by Holm's method.
+    for the two runs of each seed that both have, by statsmodels; the seeds' answers put together
+    by their middle one, and corrected for the number of pairs by Holm's method.
     """
     seeds = {setting: {run.record.run.seed: run for run in groups[setting]} for setting in groups}
 
@@ -147,11 +189,26 @@ def image_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
 
     p_values = {}
     for first, second in combinations(groups, 2):
-        common = set(seeds[first]) & set(seeds[second])
-        if common:
-            table = _agreement(right(first, min(common)), right(second, min(common)))
-            p_values[first, second] = mcnemar(table, exact=True).pvalue
+        tables = [
+            _agreement(right(first, seed), right(second, seed))
+            for seed in seeds[first]
+            if seed in seeds[second]
+        ]
+        if tables:
+            p_values[first, second] = _middle([mcnemar(t, exact=True).pvalue for t in tables])
     return _corrected(p_values)
+
+
+def _middle(p_values: list[float]) -> float:
+    """Return one p for n tests of the same question: the middle p, of rank k, times n / k.
+
+    By Markov's inequality, at least k of n tests reach the level a k / n with a chance of at most
+    a, however they depend on each other (Rüger 1978; Vovk and Wang 2020, arXiv 1212.4966). Those
+    on the same test images do.
+    """
+    n = len(p_values)
+    rank = (n + 1) // 2
+    return min(1.0, sorted(p_values)[rank - 1] * n / rank)
 
 
 def _agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -191,7 +248,7 @@ def precision_table(
         rows[setting] = [
             SETTINGS[setting].title,
             " and ".join(str(len(values)) for values in accuracies),
-            *(_mean_and_deviation(values, 2) for values in accuracies),
+            *(mean_and_deviation(values, 2) for values in accuracies),
             f"{accuracies[1].mean() - accuracies[0].mean():+.2f}",
             f"{low:+.2f} to {high:+.2f}",
         ]
@@ -217,19 +274,26 @@ def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
             elif column > row:
                 cells.append(_verdict(groups, first, second, over_the_seeds.get((first, second))))
             else:
-                cells.append(_verdict(groups, second, first, over_images.get((second, first)), 1))
+                common = _with_common_seeds(groups, second, first)
+                cells.append(_verdict(common, second, first, over_images.get((second, first))))
         table.add_row([SETTINGS[first].title, *cells])
     return table
 
 
-def _verdict(groups, first, second, p, count: int | None = None) -> str:
-    """Return the better of two settings, if the test shows one; ``count`` runs are compared."""
+def _with_common_seeds(groups, *settings) -> dict[str, list[Run]]:
+    """Return the runs of these settings whose seed each of them has."""
+    seeds = set.intersection(*({run.record.run.seed for run in groups[s]} for s in settings))
+    return {s: [run for run in groups[s] if run.record.run.seed in seeds] for s in settings}
+
+
+def _verdict(groups, first, second, p) -> str:
+    """Return the better of two settings in the mean, if the test shows one."""
     if p is None:
         return "n = 1: not known"
     if p >= LEVEL:
         return f"no difference shown, {_p_text(p)}"
-    means = [mean_accuracy(groups[s][:count]) for s in (first, second)]
-    return f"{SETTINGS[first if means[0] > means[1] else second].title}, {_p_text(p)}"
+    better = max(first, second, key=lambda setting: mean_accuracy(groups[setting]))
+    return f"{SETTINGS[better].title}, {_p_text(p)}"
 
 
 def _p_text(p: float) -> str:

@@ -24,9 +24,10 @@ from distributed import Client, Future, as_completed
 from distributed.scheduler import KilledWorker
 
 from mnist_utils.headless import EXECUTED, FAILED, Task, execute, first_line, make_task
-from mnist_utils.parameters import MOST_SEED, InputError
+from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import RECORD_FILE, write_whole
+from mnist_utils.spread import mean_and_deviation
 
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 # One thread a run: several runs side by side get more done than one run with all threads.
@@ -129,6 +130,20 @@ def run_sweep(tasks: list[Task], scheduler: str | None = None) -> int:
     if failed:
         print(f"{len(failed)} of {len(wanted)} failed.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def print_means(tasks: list[Task]) -> None:
+    """Print the mean test accuracy of the runs recorded, over those that differ in seed alone."""
+    accuracies: dict[str, list[float]] = {}
+    for task in tasks:
+        if run := task.finished_run():  # one at a time: there may be many
+            title, own = SETTINGS[task.setting].title, SETTINGS[task.setting].own
+            unnamed = ("seed", "results_dir", *own)
+            values = (f"{k} {v}" for k, v in task.given.items() if k not in unnamed)
+            name = ", ".join([title, *values])
+            accuracies.setdefault(name, []).append(100 * run.record.test_accuracy)
+    for name, values in accuracies.items():
+        print(f"{name}: test accuracy {mean_and_deviation(values, 2)} % (n = {len(values)})")
 
 
 def open_client(scheduler: str | None) -> Client:

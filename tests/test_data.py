@@ -214,5 +214,5 @@ def test_the_batches_are_not_autotuned():
 
 
 def test_a_batch_larger_than_the_training_set_is_refused():
-    with pytest.raises(InputError, match=r"batch_size is 5; .* training images, 4"):
+    with pytest.raises(InputError, match=r"batch_size is 5; .* images to train on, 4"):
         make_batches(np.zeros((4, 1)), np.zeros((4, 1)), 5, shuffle_seed=0)

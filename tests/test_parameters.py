@@ -3,6 +3,7 @@
 import re
 import subprocess
 
+import nbformat
 import papermill
 import pytest
 from conftest import NOTEBOOKS, ROOT, python, write_npz
@@ -54,8 +55,24 @@ def test_a_bad_value_is_refused_by_name_value_and_what_is_allowed(name, value, t
 
 
 def test_a_batch_above_the_samples_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"batch_size is 256; .* training images, 100"):
+    with pytest.raises(InputError, match=r"batch_size is 256; .* images to train on, 100"):
         check_parameters("a1", **GOOD, train_samples=100, results_dir=str(tmp_path))
+
+
+def test_what_model_d_keeps_back_counts_as_well(tmp_path):
+    values = GOOD | {"budget": "speed", "results_dir": str(tmp_path)}
+    with pytest.raises(InputError, match=r"batch_size is 256; .* images to train on, 252"):
+        check_parameters("d", **values, train_samples=256)
+    assert check_parameters("d", **values, train_samples=261)
+    with pytest.raises(InputError, match=r"train_samples is 1; .* from 2 to 60000"):
+        check_parameters("d", **values | {"batch_size": 1}, train_samples=1)
+    # As the notebook's own cell has it.
+    (cell,) = (
+        c
+        for c in nbformat.read(NOTEBOOKS / "5_model_d.ipynb", 4).cells
+        if "kept_back =" in c.source
+    )
+    assert "kept_back = max(1, len(x_train) // 60)" in cell.source
 
 
 def test_good_values_pass_and_the_folder_is_made(tmp_path):

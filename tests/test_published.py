@@ -186,6 +186,13 @@ def test_five_of_model_ds_steps_show_an_effect_when_corrected():
     assert p_values[muon] < 0.05 < corrected["AdamW in Muon's place"]
 
 
+def test_on_another_split_model_d_stays_below_what_it_reaches_on_the_usual_one():
+    content = json.loads((ROOT / "results/d/other_split.json").read_text())
+    accuracies = [run["accuracy"] for run in content["budgets"]["d-speed"]]
+    usual = [run.record.test_accuracy for run in GROUPS["d-speed"]]
+    assert np.mean(accuracies) < 0.996 < np.mean(usual)
+
+
 def test_the_times_in_the_readme_are_those_of_the_records():
     minutes = [run.record.total_seconds / 60 for run in REFERENCES.values()]
     (total,) = re.findall(r"then compare them: some (\d+) minutes on two cores", README)

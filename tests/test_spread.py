@@ -10,6 +10,7 @@ from mnist_utils.spread import (
     difference_matrix,
     image_tests,
     over_seeds,
+    own_table,
     precision_table,
     ranking_text,
     reference_sentence,
@@ -76,12 +77,15 @@ def test_only_runs_that_differ_in_the_seed_alone_are_put_together(stand_in, exec
 def test_the_table_shows_n_mean_deviation_and_the_interval_by_students_t(stand_in):
     errors = [10, 20, 30, 20, 20]
     runs = [stand_in("a1", seed, range(count)) for seed, count in enumerate(errors)]
-    ((_, n, mean, interval, best, worst, *_),) = spread_table(over_seeds(runs)).rows
+    (row,) = spread_table(over_seeds(runs)).rows
+    _, n, mean, interval, best, worst, loss, loss_interval, *_ = row
     accuracies = 100 - np.array(errors) / 10
     half = stats.t.ppf(0.975, df=4) * accuracies.std(ddof=1) / np.sqrt(5)
     assert (n, mean) == (5, "98.00 ± 0.71")
     assert interval == f"{98 - half:.2f} to {98 + half:.2f}"
     assert (best, worst) == ("99.00", "97.00")
+    assert loss == "0.0200 ± 0.0071"
+    assert loss_interval == f"{0.02 - half / 100:.4f} to {0.02 + half / 100:.4f}"
 
 
 def test_one_run_has_no_spread(stand_in):
@@ -92,6 +96,24 @@ def test_one_run_has_no_spread(stand_in):
     assert seed_tests(groups) == {}
     assert "n = 1: not known" in str(difference_matrix(groups))
     assert "one run only" in ranking_text(groups)
+
+
+def test_a_readers_own_runs_stand_beside_the_reference_with_their_spread(stand_in):
+    own = [
+        stand_in("a1", 0, range(10)),
+        stand_in("a2", 3, range(40)),
+        stand_in("a1", 1, range(20)),
+    ]
+    references = {"a1": [stand_in("a1", seed, range(n)) for seed, n in enumerate([5, 7])]}
+    several, one = (row[-5:] for row in own_table(own, references).rows)
+    assert several == [
+        "2 seeds",
+        "0.0150 ± 0.0071",
+        "98.50 ± 0.71",
+        "0.0060 ± 0.0014",
+        "99.40 ± 0.14",
+    ]
+    assert one == ["3", "0.0400", "96.00", "-", "-"]
 
 
 def test_the_first_screens_sentence_has_the_spread_and_how_many_seeds(stand_in):
@@ -124,6 +146,18 @@ def test_the_image_test_is_mcnemars_exact_one_and_corrected_for_the_pairs(stand_
     }
     assert expected["a2", "b"] < expected["a1", "b"]
     assert image_tests(groups) == pytest.approx(expected)
+
+
+def test_the_image_tests_of_several_seeds_are_put_together_by_the_middle_one(stand_in):
+    a1 = [stand_in("a1", seed, range(count)) for seed, count in enumerate([10, 20, 30, 99])]
+    # Of the three seeds that both have: 2, 8 and 30 wrong that A.1 has right too, none more.
+    a2 = [
+        stand_in("a2", seed, range(fewer, 10 * (seed + 1))) for seed, fewer in enumerate([2, 8, 30])
+    ]
+    middle = stats.binomtest(0, 8).pvalue
+    assert image_tests(over_seeds([*a1, *a2])) == pytest.approx({("a1", "a2"): middle * 3 / 2})
+    # Which is better is told by the runs compared: A.1's fourth is not.
+    assert difference_matrix(over_seeds([*a1, *a2])).rows[1][1] == "CNN A.2, p = 0.012"
 
 
 def test_the_seed_test_tells_apart_what_differs_and_only_that(stand_in):

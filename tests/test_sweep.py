@@ -228,6 +228,10 @@ def test_real_models_travel_to_a_worker_and_back(small_mnist, tmp_path):
         outputs = output_text(nbformat.read(run.folder / "executed.ipynb", 4))
         assert f"Saved the run in runs/{run.record.model}/" in outputs
     assert "[2/2, 0 failed, about 0.0 s left] " in done.stdout
+    for title, run in zip(("CNN A.2", "CNN D, speed"), runs, strict=True):
+        given = f"epochs 1, batch_size 64, dataset {small_mnist}"
+        accuracy = f"{100 * run.record.test_accuracy:.2f}"
+        assert f"{title}, {given}: test accuracy {accuracy} % (n = 1)\n" in done.stdout
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")

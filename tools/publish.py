@@ -1,23 +1,25 @@
 """Publish the reference runs: from runs/ into results/, the notebooks and the README.
 
-Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.py
+Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.py [MODEL ...]
 
-Takes each run that the present code cells made with the reference parameters, or with another
-seed or precision. Its record and predictions go to results/; of a reference run the outputs go
-into the notebook and the figures into the prose. Last, the comparison is executed over results/
-alone, and its table and figure go into the README.
+Takes each run, of all models or of those named, that the present code cells made with the
+reference parameters, or with another seed or precision; it takes the place of the one published.
+Its record and predictions go to results/; of a reference run the outputs go into the notebook
+and the figures into the prose. Last, the comparison is executed over results/ alone, and its
+table and figure go into the README.
 """
 
 import base64
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 import papermill
 
-from mnist_utils.comparison import reference_runs, summary_table
+from mnist_utils.comparison import reference_runs, setting_of, summary_table
 from mnist_utils.headless import code_sha256
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import RECORD_FILE, Run, load_runs
@@ -28,8 +30,12 @@ RESULTS = ROOT / "results"
 README_FIGURE = RESULTS / "accuracy_and_time.png"
 
 
-def main() -> None:
-    runs = load_runs(ROOT / "runs")[0]
+def main(settings: list[str]) -> None:
+    if unknown := [setting for setting in settings if setting not in SETTINGS]:
+        sys.exit(f"MODEL is {unknown[0]!r}; it must be one of {', '.join(SETTINGS)}.")
+    runs = [
+        run for run in load_runs(ROOT / "runs")[0] if not settings or setting_of(run) in settings
+    ]
     outputs = [run.folder for run in reference_runs(runs).values()]
     for precision in ("float32", "mixed_bfloat16"):
         for setting, group in over_seeds(runs, precision).items():
@@ -174,4 +180,4 @@ def write_notebook(notebook, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
