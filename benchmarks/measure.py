@@ -91,7 +91,9 @@ def measure(models: list[str], rounds: int) -> None:
         precisions.append("mixed_bfloat16")
     for model in models:
         if model in BUDGETS:
-            here["budgets"][model] = measure_budget(model, rounds, precisions)
+            other = BUDGETS[model][0]
+            epochs = [row["float32"] for row in here["rounds"][other]] if other in models else []
+            here["budgets"][model] = measure_budget(model, rounds, precisions, epochs)
         else:
             here["rounds"][model] = measure_model(model, rounds, precisions)
         keep()
@@ -115,18 +117,27 @@ def measure_model(model: str, rounds: int, precisions: list[str]) -> list[dict]:
     return done
 
 
-def measure_budget(setting: str, rounds: int, precisions: list[str]) -> list[dict]:
+def measure_budget(
+    setting: str, rounds: int, precisions: list[str], epochs: list[dict]
+) -> list[dict]:
     """Measure a budget's whole runs, and between them an epoch of the model it is measured by.
 
-    A run is an ordinary one, seed by seed, and stays in runs/.
+    ``epochs`` are that model's, if it was measured just before. A run is an ordinary one, seed by
+    seed, and stays in runs/.
     """
     model, own = BUDGETS[setting]
-    ways, done = [model, *(precision for precision in precisions if precision in own)], []
+    ways = [] if epochs else [model]
+    ways += [*(precision for precision in precisions if precision in own), "batches"]
+    done = []
     for seed in range(rounds):
-        row = {}
+        row = {model: epochs[seed]} if epochs else {}
         for way in ways[:: -1 if seed % 2 else 1]:
-            arguments = (way, "float32") if way == model else (setting, way, str(seed))
-            row[way] = run_one(*arguments)
+            if way == model:
+                row[way] = run_one(way, "float32")
+            elif way == "batches":
+                row[way] = run_one(setting, way)
+            else:
+                row[way] = run_one(setting, way, str(seed))
             print(f"{setting}, round {seed + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
         done.append(row)
     return done
@@ -297,10 +308,14 @@ def budget_table(setting: str, rounds: list[dict]) -> str:
             )
     epochs = [row[other]["seconds"] for row in rounds]
     memory = median(row[other]["peak_megabytes"] for row in rounds)
-    return (
-        f"{markdown(rows)}\n\nAn epoch of {title} took {spread(epochs, '.1f')} s in the same "
-        f"rounds, and {memory:,.0f} MB."
+    text = (
+        f"An epoch of {title} took {spread(epochs, '.1f')} s in the same rounds, and "
+        f"{memory:,.0f} MB."
     )
+    if "batches" in rounds[0]:
+        batches = spread([row["batches"]["seconds"] for row in rounds], ".1f")
+        text += f" An epoch's batches alone, drawn and distorted, take {batches} s."
+    return f"{markdown(rows)}\n\n{text}"
 
 
 def around_text(rounds: list[dict], epoch: float) -> str:

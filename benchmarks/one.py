@@ -4,6 +4,7 @@ Usage: python benchmarks/one.py a2 original|float32|mixed_bfloat16|pytorch [IMAG
        python benchmarks/one.py gemm float32|mixed_bfloat16
        python benchmarks/one.py a1 whole|bare
        python benchmarks/one.py d-speed|d-accuracy float32|mixed_bfloat16 SEED
+       python benchmarks/one.py d-speed|d-accuracy batches
        python benchmarks/one.py comparison opened
 """
 
@@ -71,25 +72,41 @@ def read_cells(name: str) -> list:
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
+def run_cells(name: str, last: str, **given) -> dict:
+    """Run the notebook's own cells up to the one that holds a text; return their variables.
+
+    ``given`` are parameters. Only these cells are run, so nothing is saved.
+    """
+    variables = {}
+    for cell in read_cells(name):
+        tags = cell.metadata.get("tags", [])
+        if "setup" in tags:
+            continue
+        exec(cell.source, variables)
+        if "parameters" in tags:
+            variables.update(given, results_dir=tempfile.mkdtemp())  # the notebook tries it
+        if last in cell.source:
+            return variables
+    raise ValueError(f"{name} has no cell with {last!r}")
+
+
 def train_notebook(name: str, precision: str, images: int | None) -> float:
-    """Run the notebook's own cells up to ``fit``, for one epoch in this precision."""
-    cells = read_cells(name)
+    """Train by the notebook's own cells, for one epoch in this precision."""
     given = {"epochs": 1, "precision": precision, "train_samples": images}
-    given["results_dir"] = tempfile.mkdtemp()  # the notebook tries it; nothing is saved
+    return timed_fit(lambda: run_cells(name, "model.fit(", **given))
 
-    def run():
-        variables = {}
-        for cell in cells:
-            tags = cell.metadata.get("tags", [])
-            if "setup" in tags:
-                continue
-            exec(cell.source, variables)
-            if "parameters" in tags:
-                variables.update(given)
-            if "model.fit(" in cell.source:
-                return
 
-    return timed_fit(run)
+def draw_batches(name: str) -> float:
+    """Return the seconds that an epoch's batches take to draw and distort, with no training."""
+    from mnist_utils.parameters import SETTINGS
+
+    batches = run_cells(name, "train_batches = (", **SETTINGS[name].own)["train_batches"]
+    for _ in batches.take(2):
+        pass
+    began = time.perf_counter()
+    for _ in batches:
+        pass
+    return time.perf_counter() - began
 
 
 def run_whole(name: str) -> None:
@@ -183,6 +200,9 @@ def main(name: str, way: str, number: str | None = None) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             (run_whole if way == "whole" else run_bare)(name)
         measured = {"seconds": time.time() - psutil.Process().create_time()}
+    elif way == "batches":
+        with contextlib.redirect_stdout(io.StringIO()):
+            measured = {"seconds": draw_batches(name)}
     elif name.startswith("d-"):
         with contextlib.redirect_stdout(io.StringIO()):
             measured = {"seconds": run_budget(name, way, count)}
@@ -191,7 +211,7 @@ def main(name: str, way: str, number: str | None = None) -> None:
     else:
         measured = {"seconds": train_notebook(name, way, count)}
     # A notebook's kernel is a child process. Linux counts in KiB.
-    kernel = name.startswith("d-") or way in ("whole", "opened")
+    kernel = (name.startswith("d-") and way != "batches") or way in ("whole", "opened")
     who = resource.RUSAGE_CHILDREN if kernel else resource.RUSAGE_SELF
     measured["peak_megabytes"] = resource.getrusage(who).ru_maxrss * 1024 / 1e6
     print(json.dumps(measured))

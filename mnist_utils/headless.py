@@ -221,8 +221,10 @@ def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) 
     executed.unlink(missing_ok=True)
     os.environ[CODE_VARIABLE] = code_sha256(notebook)
     try:
+        # By its path: given as an object, papermill would put all of it into the copy's metadata.
+        nbformat.write(notebook, executing)
         papermill.execute_notebook(
-            nbformat.from_dict(notebook),
+            executing,
             executing,
             parameters=given,
             progress_bar=False,

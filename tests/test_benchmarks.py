@@ -1,11 +1,14 @@
 """The benchmarks measure what they say, and their page shows what was measured."""
 
 import json
+import re
 import subprocess
 import sys
+from statistics import median
 
+import nbformat
 import pytest
-from conftest import ROOT, python
+from conftest import NOTEBOOKS, ROOT, python
 
 from mnist_utils.runs import architecture_digest, load_runs
 
@@ -56,6 +59,18 @@ def test_the_page_shows_what_was_measured(benchmark, tmp_path, monkeypatch):
     measure.report()
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == committed
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_model_ds_first_screen_says_what_was_measured():
+    first = nbformat.read(NOTEBOOKS / "5_model_d.ipynb", 4).cells[0].source
+    said = re.search(r"\(([\d.]+) % in float32, ([\d.]+) % in mixed bfloat16\)", first)
+    machines = json.loads((BENCHMARKS / "measurements.json").read_text())
+    (rounds,) = (
+        m["budgets"]["d-speed"] for m in machines if "bfloat16" in m["machine"]["processor"]
+    )
+    for share, way in zip(said.groups(), ("float32", "mixed_bfloat16"), strict=True):
+        shares = [100 * row[way]["seconds"] / (10 * row["b"]["seconds"]) for row in rounds]
+        assert float(share) == round(median(shares), 1)
 
 
 def test_a_sweep_with_stand_ins_records_every_run(benchmark, monkeypatch):

@@ -49,6 +49,8 @@ def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist,
     for found in runs:
         assert (found.folder / "executed.ipynb").is_file()
         assert not (found.folder / "executing.ipynb").exists()
+        metadata = nbformat.read(found.folder / "executed.ipynb", 4).metadata
+        assert metadata.papermill.input_path.endswith("executing.ipynb")
 
     times = {found.folder: (found.folder / "metrics.json").stat().st_mtime_ns for found in runs}
     second = run(tmp_path, small_mnist, "a2", "a1")
@@ -92,7 +94,7 @@ def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, tmp_path):
     tiny = small_arrays | {name: small_arrays[name][:32] for name in ("x_train", "y_train")}
     wrong = small_arrays | {"x_test": small_arrays["x_test"] / 255}
     for arrays, message in (
-        (tiny, "batch_size is 64; it must be a whole number from 1 to the number of training"),
+        (tiny, "batch_size is 64; it must be a whole number from 1 to the number of images"),
         (wrong, "x_test is float64; it must be uint8."),
     ):
         done = run(tmp_path / "runs", write_npz(tmp_path / "bad.npz", arrays), "a1", "a2")
