@@ -262,6 +262,8 @@ def speed_table(rounds: dict[str, list[dict]]) -> str:
         cells = [spread(ratios(done, way, to)) for way, to in compared.values()]
         shares = [f"{gemm_share(model, done, way):.2f}" for way in precisions]
         rows.append([SETTINGS[model].title, str(len(done)), *rates, *cells, *shares])
+    if len(rounds) == 1:
+        return markdown(rows)
     means = [
         f"{geometric_mean(median(ratios(done, way, to)) for done in rounds.values()):.2f}"
         for way, to in compared.values()

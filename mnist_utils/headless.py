@@ -30,7 +30,6 @@ from mnist_utils.parameters import (
 )
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
-from mnist_utils.spread import over_seeds, own_table
 
 # A model that is added later comes after these.
 SIZES = ["d-speed", "a2", "a1", "d-accuracy", "c", "c7", "b"]
@@ -190,6 +189,9 @@ def run_comparison(given: dict) -> list[str]:
     if problem:
         print(f"{COMPARISON}: FAILED: {problem}", flush=True)
         return [COMPARISON]
+    # With it come scipy and statsmodels: 90 MB that a sweep's workers need not hold.
+    from mnist_utils.spread import over_seeds, own_table
+
     references = over_seeds(load_runs(reference_folder())[0])
     runs, problems = load_runs(results)
     for title, group in by_parameters(runs).items():

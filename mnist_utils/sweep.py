@@ -27,7 +27,6 @@ from mnist_utils.headless import EXECUTED, FAILED, Task, execute, first_line, ma
 from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import RECORD_FILE, write_whole
-from mnist_utils.spread import mean_and_deviation
 
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 # One thread a run: several runs side by side get more done than one run with all threads.
@@ -134,6 +133,8 @@ def run_sweep(tasks: list[Task], scheduler: str | None = None) -> int:
 
 def print_means(tasks: list[Task]) -> None:
     """Print the mean test accuracy of the runs recorded, over those that differ in seed alone."""
+    from mnist_utils.spread import mean_and_deviation  # 90 MB with scipy: not for workers
+
     accuracies: dict[str, list[float]] = {}
     for task in tasks:
         if run := task.finished_run():  # one at a time: there may be many

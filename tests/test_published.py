@@ -110,6 +110,7 @@ FACTS = {
         *(50_000, 70_000),  # D: without the images held out; training and test images
         1000,  # D: kept back to validate
         150,  # the epochs of An et al.
+        512,  # AVX-512
         *(2020, 2024, 2025),  # years of papers
     )
 }
