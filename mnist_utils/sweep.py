@@ -139,8 +139,9 @@ def print_means(tasks: list[Task]) -> None:
     for task in tasks:
         if run := task.finished_run():  # one at a time: there may be many
             title, own = SETTINGS[task.setting].title, SETTINGS[task.setting].own
-            unnamed = ("seed", "results_dir", *own)
-            values = (f"{k} {v}" for k, v in task.given.items() if k not in unnamed)
+            # What the title says is not said again.
+            unsaid = (item for item in task.given.items() if item not in own.items())
+            values = (f"{k} {v}" for k, v in unsaid if k not in ("seed", "results_dir"))
             name = ", ".join([title, *values])
             accuracies.setdefault(name, []).append(100 * run.record.test_accuracy)
     for name, values in accuracies.items():

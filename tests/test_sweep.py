@@ -23,6 +23,7 @@ from mnist_utils.sweep import (
     make_tasks,
     package_versions,
     parse_seeds,
+    print_means,
     run_on_worker,
     run_sweep,
 )
@@ -322,6 +323,17 @@ def test_tasks_are_models_times_seeds_times_values(tmp_path):
 def test_the_same_run_asked_for_twice_is_one_task(tmp_path):
     values = {"first_kernel_size": [7, 7], "results_dir": [str(tmp_path)]}
     assert len(make_tasks(["c7", "c7"], [0, 0], values)) == 1
+
+
+def test_means_are_taken_over_runs_that_differ_in_the_seed_alone(tmp_path, monkeypatch, capsys):
+    values = {"first_kernel_size": [2, 3], "results_dir": [str(tmp_path)]}
+    tasks = make_tasks(["c"], [0, 1], values)
+    tasks += make_tasks(["c7"], [0], {"results_dir": [str(tmp_path)]})
+    (reference, *_), _ = load_runs(ROOT / "results")
+    monkeypatch.setattr(Task, "finished_run", lambda task: reference)
+    print_means(tasks)
+    names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["CNN C", "CNN C, first_kernel_size 3", "CNN C, 7X7 first"]
 
 
 def test_a_seed_given_as_a_parameter_is_refused():
