@@ -119,6 +119,9 @@ def check_parameters(model: str, **values) -> Parameters:
     sentence that names the parameter, its value and what is allowed.
     """
     given = values
+    for name in OWN:
+        if name in values and values[name] is None:
+            raise refusal(name, None, ALLOWED[name])
     if "budget" in values and values.get("epochs") is None:
         values = values | {"epochs": _epochs_of(values["budget"])}
     try:

@@ -38,8 +38,10 @@ BAD = [
     ("results_dir", 5),
     ("first_kernel_size", 0),
     ("first_kernel_size", 29),
+    ("first_kernel_size", None),
     ("budget", "large"),
     ("budget", 1),
+    ("budget", None),
 ]
 
 
