@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from prettytable import PrettyTable
 
-from mnist_utils.parameters import SETTINGS, project_folder
+from mnist_utils.parameters import SETTINGS
 from mnist_utils.plotting import GREY, figure, show, show_digits
 from mnist_utils.runs import Run
 
@@ -36,13 +36,10 @@ NOT_RUN = "not run yet"
 
 
 def reference_folder() -> Path:
-    """Return the folder of the committed reference runs: the checkout's, else the package's.
-
-    A worker of a sweep runs in an empty folder; what it imports may lie in a checkout as well.
-    """
+    """Return the folder of the committed reference runs: the package's, else the checkout's."""
     package = Path(__file__).parent
-    places = [project_folder() / "results", package / "results", package.parent / "results"]
-    return next((place for place in places if place.is_dir()), places[0])
+    installed = package / "results"
+    return installed if installed.is_dir() else package.parent / "results"
 
 
 def setting_of(run: Run) -> str | None:

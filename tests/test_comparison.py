@@ -10,6 +10,7 @@ from mnist_utils.comparison import (
     by_parameters,
     cost_table,
     kernel_text,
+    reference_folder,
     reference_runs,
     reported_table,
     setting_of,
@@ -159,3 +160,9 @@ def test_the_comparison_does_not_import_tensorflow():
         "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     )
     subprocess.run(python("-c", code), cwd=ROOT, check=True)
+
+
+def test_a_readers_folder_named_results_is_not_taken_for_the_reference_runs(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert reference_folder() == ROOT / "results"
