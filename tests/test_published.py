@@ -18,7 +18,7 @@ from statsmodels.stats.multitest import multipletests
 from mnist_utils.comparison import ORIGINAL, reference_runs
 from mnist_utils.headless import code_sha256
 from mnist_utils.parameters import SETTINGS
-from mnist_utils.runs import load_runs
+from mnist_utils.runs import load_run, load_runs
 from mnist_utils.spread import over_seeds, reference_sentence
 
 ALL_NOTEBOOKS = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(ROOT.glob("results/*/*/*.ipynb"))]
@@ -61,6 +61,32 @@ def test_a_committed_notebook_is_executed_in_order_and_clean(path):
     # No output is longer than a screen.
     for output in outputs:
         assert output.get("text", "").count("\n") <= 40
+
+
+def test_every_published_run_is_made_by_the_present_code():
+    present = {
+        setting.model: code_sha256(nbformat.read(NOTEBOOKS / f"{setting.notebook}.ipynb", 4))
+        for setting in SETTINGS.values()
+    }
+    for run in RUNS:
+        assert run.record.code_sha256 == present[run.record.model], run.folder.name
+
+
+def test_publishing_removes_what_other_code_made_and_leaves_out_runs_by_hand(
+    tmp_path, monkeypatch, capsys
+):
+    publish = publish_tool()
+    stale, kept = (shutil.copytree(GROUPS["a2"][i].folder, tmp_path / str(i)) for i in (1, 2))
+    record = stale / "metrics.json"
+    text = record.read_text()
+    record.write_text(text.replace(json.loads(text)["code_sha256"], "0" * 64))
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
+    for folder in (stale, kept):
+        publish.remove_if_stale(load_run(folder))
+    assert [stale.exists(), kept.exists()] == [False, True]
+    publish.publish_run("a2", load_run(kept), with_outputs=False)
+    assert "left out, it has no executed notebook" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("setting", REFERENCES)

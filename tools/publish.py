@@ -4,6 +4,7 @@ Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.p
 
 Takes each run, of all models or of those named, that the present code cells made with the
 reference parameters, or with another seed or precision; it takes the place of the one published.
+Published runs that other code cells made are removed: they would be averaged with the new ones.
 Its record and predictions go to results/; of a reference run the outputs go into the notebook
 and the figures into the prose. Last, the comparison is executed over results/ alone, and its
 table and figure go into the README.
@@ -41,6 +42,8 @@ def main(settings: list[str]) -> None:
         for setting, group in over_seeds(runs, precision).items():
             for run in group:
                 publish_run(setting, run, with_outputs=run.folder in outputs)
+    for run in load_runs(RESULTS)[0]:
+        remove_if_stale(run)
     published = load_runs(RESULTS)[0]
     references, groups = reference_runs(published), over_seeds(published)
     for name in {setting.notebook for setting in SETTINGS.values()}:
@@ -61,6 +64,9 @@ def publish_run(setting: str, run: Run, with_outputs: bool) -> None:
     name = f"{setting}, {run.record.run.precision}, seed {run.record.run.seed}"
     path = ROOT / f"notebooks/{SETTINGS[setting].notebook}.ipynb"
     notebook = nbformat.read(path, 4)
+    if not (run.folder / "executed.ipynb").exists():
+        print(f"{name}: left out, it has no executed notebook; make it by make run")
+        return
     executed = clean(nbformat.read(run.folder / "executed.ipynb", 4))
     if not run.record.code_sha256 == code_sha256(notebook) == code_sha256(executed):
         print(f"{name}: left out, other code cells made it")
@@ -78,6 +84,17 @@ def publish_run(setting: str, run: Run, with_outputs: bool) -> None:
     else:
         take_outputs(notebook, executed)
         write_notebook(notebook, path)
+
+
+def remove_if_stale(run: Run) -> None:
+    """Remove a published run that other code cells made than those of its notebook."""
+    setting = setting_of(run)
+    if setting is None:
+        return
+    present = nbformat.read(ROOT / f"notebooks/{SETTINGS[setting].notebook}.ipynb", 4)
+    if run.record.code_sha256 != code_sha256(present):
+        shutil.rmtree(run.folder)
+        print(f"{run.folder.relative_to(ROOT)}: removed, other code cells made it")
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
