@@ -88,13 +88,14 @@ def spread_table(groups: dict[str, list[Run]]) -> PrettyTable:
 def own_table(runs: Iterable[Run], groups: dict[str, list[Run]]) -> PrettyTable:
     """Return the summary table of a reader's own runs, the reference runs' results beside it.
 
-    ``runs`` may differ in the seed and in the model's own parameters alone. Those that differ in
-    the seed alone share a row, with the mean ± standard deviation. ``groups`` are the reference
-    runs over seeds.
+    ``runs`` may differ in the seed and in the model's own parameters alone. Those of the same
+    code that differ in the seed alone share a row, with the mean ± standard deviation.
+    ``groups`` are the reference runs over seeds.
     """
     alike: dict[tuple, list[Run]] = {}
     for run in runs:
-        alike.setdefault((title_of(run), run.record.architecture.digest), []).append(run)
+        key = title_of(run), run.record.architecture.digest, run.record.code_sha256
+        alike.setdefault(key, []).append(run)
     beside = [groups.get(setting_of(same[0])) for same in alike.values()]
     table = summary_table(same[0] for same in alike.values())
     for column in ("test loss", "test accuracy (%)"):

@@ -114,6 +114,9 @@ def test_a_readers_own_runs_stand_beside_the_reference_with_their_spread(stand_i
         "99.40 ± 0.14",
     ]
     assert one == ["3", "0.0400", "96.00", "-", "-"]
+    # Made by other code cells, it is no further seed of the same.
+    own[2].record = own[2].record.model_copy(update={"code_sha256": "another"})
+    assert len(own_table(own, references).rows) == 3
 
 
 def test_the_first_screens_sentence_has_the_spread_and_how_many_seeds(stand_in):
