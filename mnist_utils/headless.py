@@ -61,6 +61,8 @@ class Task:
             executed = nbformat.read(self.folder / EXECUTED, 4)
         except (InputError, OSError, ValueError):
             return None
+        if run.record.run.model_dump() != self.parameters.recorded():
+            return None
         return run if run.record.code_sha256 == code == code_sha256(executed) else None
 
 

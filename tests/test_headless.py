@@ -183,6 +183,13 @@ def test_only_a_run_by_the_same_code_with_its_executed_notebook_counts(small_mni
     other = copy.deepcopy(task.notebook)
     other.cells[-1].source += "\n# changed"
     assert not replace(task, notebook=other).finished_run()
+    # The record of another run, in this run's folder.
+    record = task.folder / "metrics.json"
+    content = record.read_text()
+    record.write_text(content.replace('"seed": 0', '"seed": 1'))
+    assert not task.finished_run()
+    record.write_text(content)
+    assert task.finished_run()
     (task.folder / "executed.ipynb").unlink()
     assert not task.finished_run()
 
