@@ -100,10 +100,10 @@ def measure(runs: int) -> dict:
         tasks = sweep.make_tasks(*wanted)
         made = time.perf_counter()
         with Memory() as memory, redirect_stdout(nowhere):
-            assert sweep.run_sweep(tasks) == 0
+            assert sweep.run_sweep(tasks) == []
         swept = time.perf_counter()
         with redirect_stdout(nowhere):
-            assert sweep.run_sweep(tasks) == 0  # all recorded: nothing to do but look
+            assert sweep.run_sweep(tasks) == []  # all recorded: nothing to do but look
         looked = time.perf_counter()
         assert len(load_runs(Path(results))[0]) == runs
         files = [path for path in Path(results).rglob("*") if path.is_file()]

@@ -33,9 +33,9 @@ def sweep(options, given: dict[str, list]) -> int:
     from mnist_utils.sweep import make_tasks, parse_seeds, print_means, run_sweep
 
     tasks = make_tasks(options.models, parse_seeds(options.seeds), given)
-    code = run_sweep(tasks, options.scheduler)
-    print_means(tasks)
-    return code
+    failed = {task.folder for task in run_sweep(tasks, options.scheduler)}
+    print_means([task for task in tasks if task.folder not in failed])
+    return 1 if failed else 0
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ executed notebook, the record and the predictions travel back, and the client wr
 file system is shared.
 """
 
+import asyncio
 import hashlib
 import itertools
 import os
@@ -18,15 +19,16 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import dask
 import nbformat
 from dask.system import CPU_COUNT
-from distributed import Client, Future, as_completed
+from distributed import Client, Future, Worker, as_completed, get_worker
 from distributed.scheduler import KilledWorker
 
 from mnist_utils.headless import EXECUTED, FAILED, Task, execute, first_line, make_task
 from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
 from mnist_utils.plotting import format_seconds
-from mnist_utils.runs import RECORD_FILE, write_whole
+from mnist_utils.runs import RECORD_FILE, load_run, write_whole
 
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 # One thread a run: several runs side by side get more done than one run with all threads.
@@ -42,6 +44,10 @@ class Outcome:
     files: dict[str, bytes]
     problem: str | None
     seconds: float
+
+
+class UnfitWorker(Exception):
+    """Raised by a worker that must not run anything: its address, and what is wrong with it."""
 
 
 def make_tasks(settings: list[str], seeds: Iterable[int], values: dict[str, list]) -> list[Task]:
@@ -69,15 +75,17 @@ def run_on_worker(
     """Run a notebook, given as JSON, in an empty folder of the worker's, and return its files.
 
     ``data`` is the name and content of the data set's file, None for the embedded one;
-    ``versions`` are the client's packages: a worker that joined late has not been checked.
+    ``versions`` are the client's packages: a worker that joined late has not been checked, and
+    raises UnfitWorker where it should have been refused.
     """
     began = time.perf_counter()
-    if problem := difference(package_versions(), versions):
-        return Outcome({}, f"Its worker {problem}.", 0.0)
+    worker = get_worker()
+    if problem := unfit(versions, worker):
+        raise UnfitWorker(worker.address, problem)
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as temporary:
         os.chdir(temporary)  # relative, so that no path of the worker's gets into the notebook
-        os.environ.update(ONE_THREAD, PYTHONPATH=str(Path(__file__).parents[1]))
+        os.environ.update(ONE_THREAD, PYTHONPATH=python_path())
         try:
             if data:
                 Path(data[0]).write_bytes(data[1])
@@ -92,6 +100,13 @@ def run_on_worker(
         finally:
             os.chdir(before)
     return Outcome(files, problem, time.perf_counter() - began)
+
+
+def python_path() -> str:
+    """Return where a kernel finds these helpers, and after them whatever its worker finds."""
+    here = str(Path(__file__).parents[1])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([here, *(place for place in given if place not in ("", here))])
 
 
 def write_outcome(task: Task, outcome: Outcome) -> str | None:
@@ -112,8 +127,8 @@ def write_outcome(task: Task, outcome: Outcome) -> str | None:
     return None
 
 
-def run_sweep(tasks: list[Task], scheduler: str | None = None) -> int:
-    """Run the tasks that are not recorded yet; return the exit code: 0, or 1 where some failed.
+def run_sweep(tasks: list[Task], scheduler: str | None = None) -> list[Task]:
+    """Run the tasks that are not recorded yet; return those that failed.
 
     ``scheduler`` is the address of a running Dask scheduler; without it a cluster is started
     here, one worker process a core, listening on the loopback address only. Raises InputError
@@ -122,28 +137,27 @@ def run_sweep(tasks: list[Task], scheduler: str | None = None) -> int:
     wanted = [task for task in tasks if not task.finished_run()]
     print(f"{len(tasks)} runs, {len(tasks) - len(wanted)} recorded already.", flush=True)
     if not wanted:
-        return 0
+        return []
     with open_client(scheduler) as client:
         check_workers(client)
         failed = _run_wanted(client, wanted)
     if failed:
         print(f"{len(failed)} of {len(wanted)} failed.", file=sys.stderr)
-    return 1 if failed else 0
+    return failed
 
 
 def print_means(tasks: list[Task]) -> None:
-    """Print the mean test accuracy of the runs recorded, over those that differ in seed alone."""
+    """Print the mean test accuracy of recorded runs, over those that differ in the seed alone."""
     from mnist_utils.spread import mean_and_deviation  # 90 MB with scipy: not for workers
 
     accuracies: dict[str, list[float]] = {}
     for task in tasks:
-        if run := task.finished_run():  # one at a time: there may be many
-            title, own = SETTINGS[task.setting].title, SETTINGS[task.setting].own
-            # What the title says is not said again.
-            unsaid = (item for item in task.given.items() if item not in own.items())
-            values = (f"{k} {v}" for k, v in unsaid if k not in ("seed", "results_dir"))
-            name = ", ".join([title, *values])
-            accuracies.setdefault(name, []).append(100 * run.record.test_accuracy)
+        title, own = SETTINGS[task.setting].title, SETTINGS[task.setting].own
+        # What the title says is not said again.
+        unsaid = (item for item in task.given.items() if item not in own.items())
+        values = (f"{k} {v}" for k, v in unsaid if k not in ("seed", "results_dir"))
+        accuracy = load_run(task.folder).record.test_accuracy
+        accuracies.setdefault(", ".join([title, *values]), []).append(100 * accuracy)
     for name, values in accuracies.items():
         print(f"{name}: test accuracy {mean_and_deviation(values, 2)} % (n = {len(values)})")
 
@@ -187,43 +201,47 @@ def difference(there: dict[str, str], here: dict[str, str]) -> str | None:
     return None
 
 
-def check_workers(client: Client) -> None:
-    """Raise InputError when a worker has other packages than the client, or several threads.
+def unfit(versions: dict[str, str], dask_worker: Worker) -> str | None:
+    """Return in words why a worker must not run anything, if so; called on the worker.
 
-    A run has its process to itself: the working folder and the environment are the process's.
+    It has other packages than ``versions``, the client's, or several threads. A run has its
+    process to itself: the working folder and the environment are the process's.
     """
+    if problem := difference(package_versions(), versions):
+        return problem
+    threads = dask_worker.state.nthreads
+    if threads > 1:
+        return f"has {threads} threads; it must have one: start it with --nthreads 1"
+    return None
+
+
+def check_workers(client: Client) -> None:
+    """Raise InputError when there is no worker, or one that is unfit."""
     try:
         client.wait_for_workers(1, timeout=60)
-    except TimeoutError:
+    except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
         raise InputError("The scheduler has had no worker for 60 seconds.") from None
-    here = package_versions()
     try:
-        workers = client.run(package_versions)
+        workers = client.run(unfit, package_versions())
     except Exception as error:
         raise InputError(
             f"A worker cannot run the notebooks: {first_line(error)}; it needs the packages that "
             "the client has."
         ) from None
-    for worker, there in workers.items():
-        if problem := difference(there, here):
+    for worker, problem in workers.items():
+        if problem:
             raise InputError(f"The worker {worker} {problem}.")
-    for worker, threads in client.nthreads().items():
-        if threads > 1:
-            raise InputError(
-                f"The worker {worker} has {threads} threads; it must have one: start it with "
-                "--nthreads 1."
-            )
 
 
 def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
     """Run the tasks, few at a time, and write each as it comes back; return those that failed."""
-    left, failed = iter(wanted), []
+    left, failed, done = iter(wanted), [], 0
     running: dict[Future, Task] = {}
     began = time.perf_counter()
     results = as_completed()
     versions = package_versions()
     data = {
-        path: client.scatter((Path(path).name, Path(path).read_bytes()))
+        path: send_file(client, Path(path))
         for path in {task.parameters.dataset for task in wanted} - {"mnist"}
     }
 
@@ -246,10 +264,16 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
             submit(task)
 
     fill()
-    for done, future in enumerate(results, 1):
+    for future in results:
         task = running.pop(future)
-        problem = _write_future(task, future)
+        try:
+            problem = _write_future(task, future)
+        except UnfitWorker as error:
+            let_go(client, *error.args)
+            submit(task)
+            continue
         future.release()
+        done += 1
         if problem:
             failed.append(task)
         rest = (time.perf_counter() - began) / done * (len(wanted) - done)
@@ -261,6 +285,23 @@ def _run_wanted(client: Client, wanted: list[Task]) -> list[Task]:
         )
         fill()
     return failed
+
+
+def send_file(client: Client, path: Path) -> Future:
+    """Return the future of a file's name and content on the cluster, for all runs to share.
+
+    It is the result of a task: what a worker loses when it dies is made again, which Dask does
+    not do for scattered data.
+    """
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
+        return client.submit(tuple, [path.name, path.read_bytes()], pure=False)
+
+
+def let_go(client: Client, worker: str, problem: str) -> None:
+    """Close a worker that joined late and is unfit: always idle, it would draw every run."""
+    if worker in client.nthreads():
+        print(f"The worker {worker} {problem}. It is closed; others run what it had.", flush=True)
+        client.retire_workers([worker])
 
 
 def to_send(notebook: nbformat.NotebookNode) -> str:
@@ -282,6 +323,8 @@ def _write_future(task: Task, future: Future) -> str | None:
             f"Its worker died {error.allowed_failures + 1} times while it ran, perhaps for lack of "
             "memory."
         )
+    except UnfitWorker:  # not the run's fault
+        raise
     except Exception as error:  # one run's trouble must not stop the others
         return f"{first_line(error)}."
 

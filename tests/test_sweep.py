@@ -19,12 +19,13 @@ from mnist_utils.headless import Task
 from mnist_utils.parameters import InputError, check_parameters
 from mnist_utils.runs import load_runs
 from mnist_utils.sweep import (
+    check_workers,
     difference,
     make_tasks,
     package_versions,
     parse_seeds,
     print_means,
-    run_on_worker,
+    python_path,
     run_sweep,
 )
 
@@ -58,7 +59,19 @@ def stand_ins(tmp_path):
     for values in (*record["history"].values(), record["seconds_per_epoch"]):
         del values[1:]
 
-    def make(count, seconds=0.0, broken=None):
+    def make(count, seconds=0.0, broken=None, dataset="mnist"):
+        wanted = [
+            check_parameters(
+                "a1",
+                epochs=1,
+                batch_size=256,
+                seed=seed,
+                dataset=dataset,
+                results_dir=str(tmp_path / "runs"),
+            )
+            for seed in range(count)
+        ]
+        record["run"]["dataset"] = wanted[0].dataset_name
         notebook = nbformat.v4.new_notebook()
         notebook.metadata.kernelspec = {
             "name": "python3",
@@ -66,21 +79,14 @@ def stand_ins(tmp_path):
             "language": "python",
         }
         parameters = nbformat.v4.new_code_cell(
-            "seed = results_dir = None\n"
+            "seed = dataset = results_dir = None\n"
             f"seconds, broken, template = {seconds}, {broken}, {json.dumps(record)!r}",
             metadata={"tags": ["parameters"]},
         )
         notebook.cells = [parameters, nbformat.v4.new_code_cell(STAND_IN)]
         return [
-            Task(
-                "a1",
-                notebook,
-                {"seed": seed},
-                check_parameters(
-                    "a1", epochs=1, batch_size=256, seed=seed, results_dir=str(tmp_path / "runs")
-                ),
-            )
-            for seed in range(count)
+            Task("a1", notebook, {"seed": parameters.seed, "dataset": dataset}, parameters)
+            for parameters in wanted
         ]
 
     return make
@@ -178,20 +184,20 @@ def test_every_run_is_recorded_once_though_a_worker_is_killed(cluster, stand_ins
     tasks = stand_ins(6, seconds=1)
     killer = Thread(target=kill_in_mid_run, args=(first,), daemon=True)
     killer.start()
-    assert run_sweep(tasks, address) == 0
+    assert run_sweep(tasks, address) == []
     killer.join(timeout=10)
     assert first.wait(timeout=10) == -signal.SIGKILL
     assert seeds(tmp_path / "runs") == list(range(6))
     assert all(task.finished_run() for task in tasks)
     assert capsys.readouterr().out.count("test accuracy") == 6
     # What is recorded is not run again, and needs no cluster.
-    assert run_sweep(tasks, "tcp://127.0.0.1:1") == 0
+    assert run_sweep(tasks, "tcp://127.0.0.1:1") == []
     assert capsys.readouterr().out == "6 runs, 6 recorded already.\n"
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_recorded(stand_ins, tmp_path, capsys):
     tasks = stand_ins(3, broken=1)
-    assert run_sweep(tasks) == 1
+    assert run_sweep(tasks) == [tasks[1]]
     output = capsys.readouterr()
     (line,) = [line for line in output.out.splitlines() if "FAILED" in line]
     assert "a1 seed 1: FAILED: RuntimeError: broken. Its executed copy: " in line
@@ -201,7 +207,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_recorded(stand_ins, tmp_pa
     assert all(task.finished_run() for task in (tasks[0], tasks[2]))
     assert not tasks[1].finished_run()
     # Mended and run again, it leaves nothing of the failure.
-    assert run_sweep(stand_ins(3)) == 0
+    assert run_sweep(stand_ins(3)) == []
     assert sorted(path.name for path in tasks[1].folder.iterdir()) == [
         "executed.ipynb",
         "metrics.json",
@@ -244,7 +250,7 @@ def test_a_sweep_runs_over_tls_as_the_page_says(tls_cluster, stand_ins, tmp_path
     refused = pytest.raises(InputError, match="scheduler is 'tls://")
     with dask.config.set(nothing), refused:
         run_sweep(tasks, address)  # without the key nobody gets in
-    assert run_sweep(tasks, address) == 0
+    assert run_sweep(tasks, address) == []
     assert seeds(tmp_path / "runs") == [0, 1]
 
 
@@ -256,22 +262,9 @@ def test_a_scheduler_that_cannot_be_reached_is_named(stand_ins):
 def test_a_worker_with_other_packages_is_named(cluster, stand_ins, monkeypatch):
     address, _ = cluster
     here = {"mnist-notebooks": "9.9", "tensorflow": "1", "keras": "1", "numpy": "1"}
-    monkeypatch.setattr("mnist_utils.sweep.package_versions", Versions(here))
+    monkeypatch.setattr("mnist_utils.sweep.package_versions", lambda: here)
     with pytest.raises(InputError, match=r"has mnist-notebooks 0\.1\.0; it must be 9\.9"):
         run_sweep(stand_ins(1), address)
-
-
-class Versions:
-    """Gives other versions on the client; on a worker it becomes the real function."""
-
-    def __init__(self, here):
-        self.here = here
-
-    def __call__(self):
-        return self.here
-
-    def __reduce__(self):
-        return eval, ("__import__('mnist_utils.sweep').sweep.package_versions",)
 
 
 def test_a_worker_with_several_threads_is_refused(two_thread_cluster, stand_ins):
@@ -294,15 +287,49 @@ def test_a_worker_that_joins_late_gets_its_share(cluster, stand_ins, tmp_path, m
         took_part.append("late")
 
     Thread(target=join_late, daemon=True).start()
-    assert run_sweep(stand_ins(12, seconds=1), address) == 0
+    assert run_sweep(stand_ins(12, seconds=1), address) == []
     assert took_part
     assert seeds(tmp_path / "runs") == list(range(12))
 
 
-def test_a_run_on_a_worker_that_was_not_checked_is_refused_there():
-    outcome = run_on_worker("{}", {}, None, {"numpy": "0.1"})
-    assert outcome.files == {}
-    assert re.fullmatch(r"Its worker has numpy .*; it must be 0\.1, as .*\.", outcome.problem)
+def test_an_unfit_worker_that_joins_late_is_let_go(
+    cluster, stand_ins, tmp_path, capsys, monkeypatch
+):
+    address, processes = cluster
+
+    def check_and_join(client):
+        check_workers(client)
+        processes.append(start_worker(tmp_path, address, "late", threads=2))
+        client.wait_for_workers(3)
+
+    monkeypatch.setattr("mnist_utils.sweep.check_workers", check_and_join)
+    assert run_sweep(stand_ins(6), address) == []
+    assert seeds(tmp_path / "runs") == list(range(6))
+    assert processes[3].wait(timeout=60) == 0
+    sentence = r"^The worker tcp://\S+ has 2 threads; it must have one: .* It is closed"
+    assert re.search(sentence, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_data_set_outlives_the_only_worker_that_has_it(cluster, stand_ins, small_mnist, tmp_path):
+    address, processes = cluster
+    processes[2].kill()
+    processes[2].wait()
+
+    def take_its_place():
+        kill_in_mid_run(processes[1])
+        processes.append(start_worker(tmp_path, address, "late"))
+
+    Thread(target=take_its_place, daemon=True).start()
+    assert run_sweep(stand_ins(3, seconds=1, dataset=str(small_mnist)), address) == []
+    assert processes[1].wait(timeout=10) == -signal.SIGKILL
+    assert seeds(tmp_path / "runs") == [0, 1, 2]
+
+
+def test_a_kernel_finds_these_helpers_and_what_its_worker_finds(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/of/the/worker")
+    assert python_path() == f"{ROOT}:/of/the/worker"
+    monkeypatch.setenv("PYTHONPATH", python_path())
+    assert python_path() == f"{ROOT}:/of/the/worker"
 
 
 def test_checkouts_of_the_same_version_but_other_code_are_told_apart(monkeypatch, tmp_path):
@@ -330,7 +357,7 @@ def test_means_are_taken_over_runs_that_differ_in_the_seed_alone(tmp_path, monke
     tasks = make_tasks(["c"], [0, 1], values)
     tasks += make_tasks(["c7"], [0], {"results_dir": [str(tmp_path)]})
     (reference, *_), _ = load_runs(ROOT / "results")
-    monkeypatch.setattr(Task, "finished_run", lambda task: reference)
+    monkeypatch.setattr("mnist_utils.sweep.load_run", lambda folder: reference)
     print_means(tasks)
     names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["CNN C", "CNN C, first_kernel_size 3", "CNN C, 7X7 first"]
