@@ -4,8 +4,9 @@ Usage, by make bench: python benchmarks/measure.py [--models a1 a2] [--rounds 3]
 
 Every measurement is one epoch in a process of its own. In a round each model is trained in each
 way, one after the other, so that a change of the machine's pace touches all alike; ratios are
-taken within a round, and their median is shown. measurements.json keeps machines apart; models
-measured anew take the place of their older measurements on the same machine.
+taken within a round, and their median is shown. measurements.json keeps machines apart, and the
+versions of what they ran; models measured anew take the place of their older measurements on the
+same machine with the same versions.
 """
 
 import argparse
@@ -79,8 +80,8 @@ def measure(models: list[str], rounds: int) -> None:
     for older in json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else []:
         if older["machine"] == machine:
             here = older
-        elif older["machine"]["processor"] != machine["processor"]:
-            everything.append(older)  # other versions on the same processor are left out
+        else:
+            everything.append(older)
     everything.append(here)
 
     def keep() -> None:
@@ -91,9 +92,7 @@ def measure(models: list[str], rounds: int) -> None:
         precisions.append("mixed_bfloat16")
     for model in models:
         if model in BUDGETS:
-            other = BUDGETS[model][0]
-            epochs = [row["float32"] for row in here["rounds"][other]] if other in models else []
-            here["budgets"][model] = measure_budget(model, rounds, precisions, epochs)
+            here["budgets"][model] = measure_budget(model, rounds, precisions)
         else:
             here["rounds"][model] = measure_model(model, rounds, precisions)
         keep()
@@ -117,20 +116,16 @@ def measure_model(model: str, rounds: int, precisions: list[str]) -> list[dict]:
     return done
 
 
-def measure_budget(
-    setting: str, rounds: int, precisions: list[str], epochs: list[dict]
-) -> list[dict]:
+def measure_budget(setting: str, rounds: int, precisions: list[str]) -> list[dict]:
     """Measure a budget's whole runs, and between them an epoch of the model it is measured by.
 
-    ``epochs`` are that model's, if it was measured just before. A run is an ordinary one, seed by
-    seed, and stays in runs/.
+    A run is an ordinary one, seed by seed, and stays in runs/.
     """
     model, own = BUDGETS[setting]
-    ways = [] if epochs else [model]
-    ways += [*(precision for precision in precisions if precision in own), "batches"]
+    ways = [model, *(precision for precision in precisions if precision in own), "batches"]
     done = []
     for seed in range(rounds):
-        row = {model: epochs[seed]} if epochs else {}
+        row = {}
         for way in ways[:: -1 if seed % 2 else 1]:
             if way == model:
                 row[way] = run_one(way, "float32")
