@@ -130,7 +130,8 @@ def measured_table(rows: list[dict]) -> str:
 
 def needs_table(last: dict) -> str:
     """Return in Markdown what many runs need, from what one costs the client and a core."""
-    minutes = mean_core_minutes()
+    all_minutes = core_minutes()
+    minutes, longest = mean(all_minutes), max(all_minutes)
     rows = [["", *(f"{runs:,} runs" for runs in MANY)]]
 
     def add(name: str, need) -> None:
@@ -140,7 +141,7 @@ def needs_table(last: dict) -> str:
     for cores in CORES:
         add(
             f"hours on {cores:,} cores",
-            lambda runs, cores=cores: f"{runs * minutes / 60 / cores:,.1f}",
+            lambda runs, cores=cores: f"{max(runs * minutes / cores, longest) / 60:,.1f}",
         )
     add("minutes of the client's time", lambda runs: f"{runs * last['sweep_ms'] / 6e4:,.1f}")
     add("minutes to find what is recorded", lambda runs: f"{runs * last['resume_ms'] / 6e4:,.1f}")
@@ -149,18 +150,19 @@ def needs_table(last: dict) -> str:
     busy = minutes * 60 / (last["sweep_ms"] / 1e3)
     return markdown(rows) + (
         f"\n\nA run takes {minutes:.0f} core-minutes in the mean over the settings, by the "
-        f"reference runs, and {last['sweep_ms']:.0f} ms of the client. So one client keeps about "
-        f"{round(busy, -4):,.0f} cores busy, by its own time."
+        f"reference runs, and {last['sweep_ms']:.0f} ms of the client, by the last row above. So "
+        f"one client keeps about {round(busy, -4):,.0f} cores busy, by its own time. No sweep is "
+        f"shorter than its longest run, {longest:.0f} core-minutes."
     )
 
 
-def mean_core_minutes() -> float:
-    """Return what a reference run takes of one core, in minutes, in the mean over the settings."""
+def core_minutes() -> list[float]:
+    """Return what the reference run of each setting takes of one core, in minutes."""
     runs = reference_runs(load_runs(ROOT / "results")[0]).values()
-    return mean(
+    return [
         sum(run.record.seconds_per_epoch) / 60 * int(run.record.environment["cores"])
         for run in runs
-    )
+    ]
 
 
 def measure_alone(runs: int) -> dict:
