@@ -289,7 +289,7 @@ def show_accuracy_against_cost(
         ax.set_xscale("log")
         _plain_log_ticks(ax.xaxis)
         ax.margins(x=0.2, y=0.2)
-        ax.set_xlabel("training time in minutes")
+        ax.set_xlabel("minutes of training, validation and, for D, evaluation")
         ax.set_ylabel("test accuracy (%)")
         ax.grid(visible=True)
         handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))

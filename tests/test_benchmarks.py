@@ -85,3 +85,21 @@ def test_the_comparison_is_timed_from_its_kernel_to_its_last_cell():
     one = measured("comparison", "opened")
     assert one["seconds"] > 0
     assert 50 < one["peak_megabytes"] < 10_000
+
+
+def test_what_the_comparison_says_of_bfloat16_was_measured():
+    cells = nbformat.read(NOTEBOOKS / "6_comparison.ipynb", 4).cells
+    prose = "\n".join(cell.source for cell in cells)
+    said = re.search(r"A\.1 trains (\S+) times .*, A\.2 (\S+) and D, speed, (\S+) times", prose)
+    machines = json.loads((BENCHMARKS / "measurements.json").read_text())
+    (measured,) = (m for m in machines if "bfloat16" in m["machine"]["processor"])
+    every = measured["rounds"] | measured["budgets"]
+    for number, setting in zip(said.groups(), ("a1", "a2", "d-speed"), strict=True):
+        ways = [(row["float32"], row["mixed_bfloat16"]) for row in every[setting]]
+        ratios = [float32["seconds"] / bfloat16["seconds"] for float32, bfloat16 in ways]
+        assert float(number) == round(median(ratios), 1)
+    accuracy = [
+        row["float32"]["seconds"] / (10 * row["a1"]["seconds"])
+        for row in measured["budgets"]["d-accuracy"]
+    ]
+    assert f"D, accuracy, took {100 * median(accuracy):.0f} % of A.1's time" in prose
