@@ -11,6 +11,7 @@ which the comparison shows.
 """
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -97,12 +98,12 @@ def main() -> int:
 
 def measure(tasks: dict[str, list[Task]], file: Path, name: str) -> int:
     """Run the tasks and write what they reached; return the exit code."""
+    code = code_sha256(read_notebook(notebook_path("5_model_d")))  # now: hours may pass
     # Seed by seed, so that a slow spell of the machine falls on every step alike.
-    failed = run_sweep([task for group in zip(*tasks.values(), strict=True) for task in group])
-    if failed:
-        return failed
+    if run_sweep([task for group in zip(*tasks.values(), strict=True) for task in group]):
+        return 1
     content = {
-        "code_sha256": code_sha256(read_notebook(notebook_path("5_model_d"))),
+        "code_sha256": code,
         name: {group: [outcome(task) for task in tasks[group]] for group in tasks},
     }
     write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
@@ -163,13 +164,15 @@ def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) ->
         order = np.random.default_rng(seed).permutation(len(images))
         train, held_out = order[:-HELD_OUT], order[-HELD_OUT:]
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
         np.savez_compressed(
-            path,
+            content,
             x_train=images[train],
             y_train=labels[train],
             x_test=images[held_out],
             y_test=labels[held_out],
         )
+        write_whole(path, content.getvalue())
     return path
 
 
