@@ -25,7 +25,15 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, Worker, as_completed, get_worker
 from distributed.scheduler import KilledWorker
 
-from mnist_utils.headless import EXECUTED, FAILED, Task, execute, first_line, make_task
+from mnist_utils.headless import (
+    EXECUTED,
+    FAILED,
+    Task,
+    count_images,
+    execute,
+    first_line,
+    make_task,
+)
 from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import RECORD_FILE, load_run, write_whole
@@ -132,18 +140,32 @@ def run_sweep(tasks: list[Task], scheduler: str | None = None) -> list[Task]:
 
     ``scheduler`` is the address of a running Dask scheduler; without it a cluster is started
     here, one worker process a core, listening on the loopback address only. Raises InputError
-    when the scheduler cannot be reached or a worker's packages differ.
+    for a data set that cannot be trained on, when the scheduler cannot be reached, or when a
+    worker is unfit.
     """
     wanted = [task for task in tasks if not task.finished_run()]
     print(f"{len(tasks)} runs, {len(tasks) - len(wanted)} recorded already.", flush=True)
     if not wanted:
         return []
+    check_data(wanted)
     with open_client(scheduler) as client:
         check_workers(client)
         failed = _run_wanted(client, wanted)
     if failed:
         print(f"{len(failed)} of {len(wanted)} failed.", file=sys.stderr)
     return failed
+
+
+def check_data(tasks: list[Task]) -> None:
+    """Raise InputError for a reader's data set on which some of these tasks cannot be trained."""
+    checked = {}
+    for task in tasks:
+        given = task.parameters
+        if given.dataset != "mnist":  # of which all is known already
+            key = given.dataset, given.train_samples, given.batch_size, given.model
+            checked.setdefault(key, task)
+    for task in checked.values():
+        count_images([task])
 
 
 def print_means(tasks: list[Task]) -> None:

@@ -254,6 +254,13 @@ def test_a_sweep_runs_over_tls_as_the_page_says(tls_cluster, stand_ins, tmp_path
     assert seeds(tmp_path / "runs") == [0, 1]
 
 
+def test_data_that_cannot_be_trained_on_is_refused_before_anything_runs(stand_ins, tmp_path):
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"no arrays")
+    with pytest.raises(InputError, match=r"broken\.npz"):
+        run_sweep(stand_ins(2, dataset=str(broken)))
+
+
 def test_a_scheduler_that_cannot_be_reached_is_named(stand_ins):
     with pytest.raises(InputError, match=r"scheduler is 'tcp://127\.0\.0\.1:1'.*it must be"):
         run_sweep(stand_ins(1), "tcp://127.0.0.1:1")
