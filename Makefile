@@ -28,6 +28,7 @@ help:
 	@echo 'make html     write the notebooks as a static site, in site/'
 	@echo 'make links    REPO=owner/name: set the public name that badges lead to'
 	@echo 'make lint     check style and format'
+	@echo 'make clean    remove .venv'
 
 setup: $(INSTALLED)
 

@@ -3,8 +3,8 @@
 Usage, by make bench-sweep: python benchmarks/many_runs.py [RUNS ...]
 
 The tasks are real: model A.2's notebook travels out; a record, predictions and an executed
-notebook of the real size come back, are checked and written. Only the training itself, on the
-worker, is left out.
+notebook of the real size come back, are checked and written. Only what the worker does is left
+out: it executes no notebook.
 """
 
 import json

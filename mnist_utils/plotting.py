@@ -67,6 +67,9 @@ def show(fig: Figure, alt: str, handle=None):
 def plt_dynamic(x, vy, ty, ax, epochs: int, quantity: str = "Loss") -> None:
     """Draw the original's plot on ``ax``, anew: validation in blue, training in red.
 
+    The original's function of this name credits stackoverflow.com/a/14434334 and
+    gist.github.com/greydanus/f6eee59eaf1d90fcb3b534a25362cea4.
+
     ``x`` are the epochs so far, ``vy`` and ``ty`` the validation and training values, one for
     each; ``epochs`` fixes the x axis from the start.
     """

@@ -205,7 +205,7 @@ def _middle(p_values: list[float]) -> float:
 
     By Markov's inequality, at least k of n tests reach the level a k / n with a chance of at most
     a, however they depend on each other (Rüger 1978; Vovk and Wang 2020, arXiv 1212.4966). Those
-    on the same test images do.
+    on the same test images do, and scipy's combine_pvalues wants them independent.
     """
     n = len(p_values)
     rank = (n + 1) // 2

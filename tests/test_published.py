@@ -19,7 +19,7 @@ from mnist_utils.comparison import ORIGINAL, reference_runs
 from mnist_utils.headless import code_sha256
 from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import load_run, load_runs
-from mnist_utils.spread import over_seeds, reference_sentence
+from mnist_utils.spread import mean_and_deviation, over_seeds, reference_sentence
 
 ALL_NOTEBOOKS = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(ROOT.glob("results/*/*/*.ipynb"))]
 RUNS, PROBLEMS = load_runs(ROOT / "results")
@@ -218,6 +218,9 @@ def test_on_another_split_model_d_stays_below_what_it_reaches_on_the_usual_one()
     accuracies = [run["accuracy"] for run in content["budgets"]["d-speed"]]
     usual = [run.record.test_accuracy for run in GROUPS["d-speed"]]
     assert np.mean(accuracies) < 0.996 < np.mean(usual)
+    first = nbformat.read(NOTEBOOKS / "5_model_d.ipynb", 4).cells[0].source
+    assert f"({mean_and_deviation(100 * np.array(accuracies), 2)} %, five seeds)" in first
+    assert len(accuracies) == 5
 
 
 def test_the_times_in_the_readme_are_those_of_the_records():
