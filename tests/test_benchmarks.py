@@ -61,16 +61,50 @@ def test_the_page_shows_what_was_measured(benchmark, tmp_path, monkeypatch):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
+def with_bfloat16() -> dict:
+    """Return the measurements of the first machine whose processor has instructions for it."""
+    machines = json.loads((BENCHMARKS / "measurements.json").read_text())
+    return next(m for m in machines if "bfloat16" in m["machine"]["processor"])
+
+
 def test_model_ds_first_screen_says_what_was_measured():
     first = nbformat.read(NOTEBOOKS / "5_model_d.ipynb", 4).cells[0].source
     said = re.search(r"\(([\d.]+) % in float32, ([\d.]+) % in mixed bfloat16\)", first)
-    machines = json.loads((BENCHMARKS / "measurements.json").read_text())
-    (rounds,) = (
-        m["budgets"]["d-speed"] for m in machines if "bfloat16" in m["machine"]["processor"]
-    )
+    rounds = with_bfloat16()["budgets"]["d-speed"]
     for share, way in zip(said.groups(), ("float32", "mixed_bfloat16"), strict=True):
         shares = [100 * row[way]["seconds"] / (10 * row["b"]["seconds"]) for row in rounds]
         assert float(share) == round(median(shares), 1)
+
+
+def test_measuring_keeps_other_machines_and_other_models(benchmark, tmp_path, monkeypatch):
+    measure = benchmark("measure")
+    here = {"processor": "this", "cores": 2}
+    monkeypatch.setattr(measure, "describe_machine", lambda: here)
+    known = [
+        {"machine": machine, "rounds": {"a1": ["old"]}, "budgets": {}, "around": []}
+        for machine in (here, here | {"cores": 64}, here | {"processor": "another"})
+    ]
+    monkeypatch.setattr(measure, "MEASUREMENTS", tmp_path / "measurements.json")
+    measure.MEASUREMENTS.write_text(json.dumps(known))
+    monkeypatch.setattr(measure, "measure_model", lambda model, *_: [f"new {model}"])
+    measure.measure(["a2"], 1)
+    after = json.loads(measure.MEASUREMENTS.read_text())
+    assert sorted(map(str, after)) == sorted(
+        map(str, [*known[1:], known[0] | {"rounds": {"a1": ["old"], "a2": ["new a2"]}}])
+    )
+
+
+def test_the_page_on_many_runs_follows_from_the_reference_runs(benchmark):
+    many_runs = benchmark("many_runs")
+    page = (ROOT / "docs/many_runs.md").read_text(encoding="utf-8")
+    any_client = dict.fromkeys(("sweep_ms", "resume_ms", "disk_kb", "task_kb"), 1.0)
+    rows = many_runs.needs_table(any_client).splitlines()
+    for row in rows:
+        if "hours" in row:
+            assert row in page
+    assert sum("hours" in row for row in rows) == 4
+    longest = max(many_runs.core_minutes())
+    assert f"longest run, {longest:.0f} core-minutes" in page
 
 
 def test_a_sweep_with_stand_ins_records_every_run(benchmark, monkeypatch):
@@ -91,8 +125,7 @@ def test_what_the_comparison_says_of_bfloat16_was_measured():
     cells = nbformat.read(NOTEBOOKS / "6_comparison.ipynb", 4).cells
     prose = "\n".join(cell.source for cell in cells)
     said = re.search(r"A\.1 trains (\S+) times .*, A\.2 (\S+) and D, speed, (\S+) times", prose)
-    machines = json.loads((BENCHMARKS / "measurements.json").read_text())
-    (measured,) = (m for m in machines if "bfloat16" in m["machine"]["processor"])
+    measured = with_bfloat16()
     every = measured["rounds"] | measured["budgets"]
     for number, setting in zip(said.groups(), ("a1", "a2", "d-speed"), strict=True):
         ways = [(row["float32"], row["mixed_bfloat16"]) for row in every[setting]]

@@ -18,7 +18,7 @@ from mnist_utils.comparison import (
     summary_table,
 )
 from mnist_utils.parameters import SETTINGS
-from mnist_utils.runs import Run
+from mnist_utils.runs import Run, load_runs
 
 ORIGINAL_COLUMNS = [
     "Model",
@@ -92,6 +92,11 @@ def test_runs_with_other_parameters_than_the_seed_are_never_in_one_table(execute
 
 def test_only_runs_with_the_reference_parameters_are_references(executed):
     assert reference_runs([executed("a1").run]) == {}
+    # A reader's own takes the place of one that is missing, never of one that is there.
+    published = reference_runs(load_runs(ROOT / "results")[0])["a1"]
+    own = Run(published.record, ROOT / "runs")
+    assert reference_runs([own]) == {"a1": own}
+    assert reference_runs([own, published])["a1"].folder == published.folder
 
 
 def test_the_most_missed_digits_are_those_that_most_models_miss(executed, mnist, capsys):

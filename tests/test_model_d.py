@@ -40,29 +40,47 @@ def test_without_distortion_an_image_shows_its_middle(budget, digits):
 
 
 def test_each_distortion_does_what_its_name_says():
-    """A bright line through the middle, horizontal, seen after each distortion alone."""
+    """A bright line through the middle, along one axis, seen after each distortion alone."""
     line = np.zeros((200, 28, 28, 1), "float32")
     line[:, 13:15, 4:24] = 1
+    lines = {"horizontal": line, "vertical": line.transpose(0, 2, 1, 3)}
+    rows, columns = np.mgrid[:28, :28] - 13.5
+    across = {"horizontal": rows, "vertical": columns}
+    along = {"horizontal": columns, "vertical": rows}
 
-    def distorted(**amounts):
+    def distorted(direction, **amounts):
         cells = run_cells("augmentation", budget="accuracy")
         cells.update(shift=0.0, turn=0.0, stretch=0.0, slant=0.0)
         cells.update(amounts)
-        return cells["distort"](line, (1, 2)).numpy()[..., 0]
+        return cells["distort"](lines[direction], (1, 2)).numpy()[..., 0]
 
-    rows, columns = np.mgrid[:28, :28] - 13.5
-    shifted = distorted(shift=2.0)
-    heights = (shifted * rows).sum((1, 2)) / shifted.sum((1, 2))
-    assert -2 <= heights.min() < -1.8 and 1.8 < heights.max() <= 2
-    turned = distorted(turn=12.0)
-    slopes = (turned * rows * columns).sum((1, 2)) / (turned * columns**2).sum((1, 2))
-    angles = np.degrees(np.arctan(slopes))
-    assert angles.max() == pytest.approx(12, abs=1.5)
-    assert angles.min() == pytest.approx(-12, abs=1.5)
-    lengths = distorted(stretch=0.12).sum((1, 2)) / distorted().sum((1, 2))
-    assert lengths.max() > 1.1 and lengths.min() < 0.9
-    upright = distorted(slant=0.12)
-    assert (upright * rows).sum((1, 2)) == pytest.approx(np.zeros(200), abs=0.5)
+    def slopes(direction, **amounts):
+        seen = distorted(direction, **amounts)
+        products = (seen * across[direction] * along[direction]).sum((1, 2))
+        return products / (seen * along[direction] ** 2).sum((1, 2))
+
+    for direction in lines:
+        shifted = distorted(direction, shift=2.0)
+        places = (shifted * across[direction]).sum((1, 2)) / shifted.sum((1, 2))
+        assert -2 <= places.min() < -1.8 and 1.8 < places.max() <= 2
+
+        angles = np.degrees(np.arctan(slopes(direction, turn=12.0)))
+        assert angles.max() == pytest.approx(12, abs=1.5)
+        assert angles.min() == pytest.approx(-12, abs=1.5)
+
+        # Along the axis alone: how wide the line is does not count.
+        stretched, plain = (
+            np.sqrt((seen * along[direction] ** 2).sum((1, 2)) / seen.sum((1, 2)))
+            for seen in (distorted(direction, stretch=0.12), distorted(direction))
+        )
+        lengths = stretched / plain
+        assert lengths.max() > 1.08 and lengths.min() < 0.92
+
+    # A slant moves rows sideways: what lies stays, what stands leans.
+    assert slopes("horizontal", slant=0.12) == pytest.approx(np.zeros(200), abs=0.01)
+    leaning = slopes("vertical", slant=0.12)
+    assert leaning.max() == pytest.approx(0.12, abs=0.015)
+    assert leaning.min() == pytest.approx(-0.12, abs=0.015)
 
 
 def test_the_same_seed_gives_the_same_distortion(digits):

@@ -127,9 +127,10 @@ def test_a_run_cut_off_while_it_is_replaced_leaves_the_older_one_whole(save, mon
     run.predictions()
 
 
-def test_a_number_that_is_not_finite_is_refused_and_nothing_is_saved(save):
+def test_a_number_that_is_not_finite_is_refused_and_nothing_is_saved(save, tmp_path):
     with pytest.raises(InputError, match=r"not saved: test_loss"):
         save(test_loss=float("nan"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert not list(save().glob("*.part"))
 
 
