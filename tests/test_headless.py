@@ -7,18 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from statistics import median
 
 import nbformat
-import papermill
 import psutil
 import pytest
-from conftest import NOTEBOOKS, ROOT, python, write_npz
+from conftest import NOTEBOOKS, ROOT, SMALL, python, write_npz
 from filelock import FileLock
 
-from mnist_utils.headless import execute, make_task
-from mnist_utils.parameters import InputError
+from mnist_utils.__main__ import main
+from mnist_utils.comparison import reference_runs
+from mnist_utils.headless import Clock, execute, make_task
+from mnist_utils.parameters import SETTINGS, InputError
+from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import load_runs
 
 
@@ -61,30 +63,28 @@ def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist,
         assert (folder / "metrics.json").stat().st_mtime_ns == written
 
 
-BREAKS = {
-    "an error": ("raise RuntimeError('broken')", "RuntimeError: broken"),
-    "a dead kernel": ("import os\nos._exit(1)", "Kernel died"),
-}
-
-
-@pytest.mark.parametrize("case", BREAKS)
-def test_a_failing_notebook_is_named_and_the_others_go_on(case, small_mnist, tmp_path):
-    code, message = BREAKS[case]
+def test_failing_notebooks_are_named_and_the_others_go_on(small_mnist, tmp_path):
     (tmp_path / "mnist_utils").symlink_to(ROOT / "mnist_utils")
     shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
-    path = tmp_path / "notebooks/1_model_a1.ipynb"
-    notebook = nbformat.read(path, 4)
-    notebook.cells.insert(6, nbformat.v4.new_code_cell(code))
-    nbformat.write(notebook, path)
+    breaks = {
+        "a1": ("raise RuntimeError('broken')", "RuntimeError: broken"),
+        "c": ("import os\nos._exit(1)", "Kernel died"),
+    }
+    for setting, (code, _) in breaks.items():
+        path = tmp_path / f"notebooks/{SETTINGS[setting].notebook}.ipynb"
+        notebook = nbformat.read(path, 4)
+        notebook.cells.insert(6, nbformat.v4.new_code_cell(code))
+        nbformat.write(notebook, path)
     done = subprocess.run(
-        command("runs", small_mnist, "a1", "a2"), cwd=tmp_path, capture_output=True, text=True
+        command("runs", small_mnist, "a1", "c", "a2"), cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 1
-    (line,) = re.findall(r"^\[1/2\] a1: FAILED .*$", done.stdout, re.MULTILINE)
-    assert message in line
-    assert line.endswith("failed.ipynb")
-    assert (tmp_path / re.search(r"executed copy: (\S+)$", line)[1]).is_file()
-    assert "1 failed: a1\n" in done.stderr
+    for setting, (_, message) in breaks.items():
+        (line,) = re.findall(rf"^\[./3\] {setting}: FAILED .*$", done.stdout, re.MULTILINE)
+        assert message in line
+        assert line.endswith("failed.ipynb")
+        assert (tmp_path / re.search(r"executed copy: (\S+)$", line)[1]).is_file()
+    assert "2 failed: a1, c\n" in done.stderr
     assert "Traceback" not in done.stderr
     ((run,), problems) = load_runs(tmp_path / "runs")
     assert (run.record.model, problems) == ("a2", [])
@@ -116,37 +116,21 @@ def start_and_wait_for_the_second(arguments):
     raise AssertionError("the run ended before the second model trained")
 
 
-def kernels() -> set[int]:
-    """Return the process ids of this Python's kernels."""
-    found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        arguments = process.info["cmdline"] or []
-        if sys.executable in arguments and "ipykernel_launcher" in arguments:
-            found.add(process.pid)
-    return found
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_goes_on_where_it_stopped(sent, small_mnist, tmp_path):
-    before = kernels()
+def test_an_interrupted_run_goes_on_where_it_stopped(small_mnist, tmp_path):
     arguments = command(tmp_path, small_mnist, "a2", "a1", epochs=12)
-    process = start_and_wait_for_the_second(arguments)
-    assert kernels() - before
-    process.send_signal(sent)
-    output, _ = process.communicate()
-    if sent == signal.SIGINT:
-        assert process.returncode == 130
-        assert "Interrupted. What is recorded is kept" in output
-    else:
-        assert process.returncode == -signal.SIGKILL
-    # No half record, and in time no kernel either: it sees that its parent is gone.
-    ((first,), problems) = load_runs(tmp_path)
-    assert (first.record.model, problems) == ("a2", [])
-    deadline = time.monotonic() + 60
-    while kernels() - before and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert kernels() <= before
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = start_and_wait_for_the_second(arguments)
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert any("ipykernel_launcher" in child.cmdline() for child in below)
+        process.send_signal(sent)
+        assert process.wait(timeout=120) == code
+        # No half record, and in time no kernel either: it sees that its parent is gone.
+        ((first,), problems) = load_runs(tmp_path)
+        assert (first.record.model, problems) == ("a2", [])
+        _, alive = psutil.wait_procs(below, timeout=60)
+        assert alive == []
+    assert "Interrupted. What is recorded is kept" in process.stdout.read()
 
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -157,41 +141,49 @@ def test_an_interrupted_run_goes_on_where_it_stopped(sent, small_mnist, tmp_path
     assert not list(tmp_path.glob("*/*/executing.ipynb"))
 
 
-def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp_path):
-    prepared, executed = tmp_path / "prepared.ipynb", tmp_path / "executed.ipynb"
-    papermill.execute_notebook(
-        NOTEBOOKS / "2_model_a2.ipynb",
-        prepared,
-        {"epochs": 2, "batch_size": 64, "dataset": str(small_mnist), "results_dir": str(tmp_path)},
-        prepare_only=True,
-    )
-    subprocess.run(
-        python("-m", "nbconvert", "--execute", "--to", "notebook", "--output", executed, prepared),
-        cwd=ROOT,
-        check=True,
-    )
-    (cell,) = [c for c in nbformat.read(executed, 4).cells if "model.fit(" in c.source]
-    assert len([o for o in cell.outputs if "image/png" in o.get("data", {})]) == 1
-    assert "".join(o.text for o in cell.outputs if "text" in o).count("Epoch ") == 2
-
-
-def test_only_a_run_by_the_same_code_with_its_executed_notebook_counts(small_mnist, tmp_path):
-    assert run(tmp_path, small_mnist, "a2", epochs=1).returncode == 0
-    given = {"epochs": 1, "batch_size": 64, "dataset": str(small_mnist)}
-    task = make_task("a2", given | {"results_dir": str(tmp_path)})
+def test_only_a_run_by_the_same_code_with_all_its_files_counts(executed, small_mnist, tmp_path):
+    given = SMALL | {"dataset": str(small_mnist), "results_dir": str(tmp_path)}
+    task, done = make_task("a2", given), executed("a2")
+    shutil.copytree(done.run.folder, task.folder, dirs_exist_ok=True)
+    shutil.copy(done.path, task.folder / "executed.ipynb")
     assert task.finished_run()
     other = copy.deepcopy(task.notebook)
     other.cells[-1].source += "\n# changed"
     assert not replace(task, notebook=other).finished_run()
-    # The record of another run, in this run's folder.
-    record = task.folder / "metrics.json"
-    content = record.read_text()
-    record.write_text(content.replace('"seed": 0', '"seed": 1'))
-    assert not task.finished_run()
-    record.write_text(content)
-    assert task.finished_run()
-    (task.folder / "executed.ipynb").unlink()
-    assert not task.finished_run()
+
+    def without(name, content=None):
+        """Is the run finished with this file gone, or with another content?"""
+        (file,) = task.folder.glob(name)
+        kept = file.read_bytes()
+        file.unlink()
+        if content:
+            file.write_text(content)
+        finished = task.finished_run()
+        file.write_bytes(kept)
+        assert task.finished_run()
+        return finished
+
+    assert not without("executed.ipynb")
+    assert not without("predictions-*.npz")
+    record = (task.folder / "metrics.json").read_text()
+    assert '"seed": 3' in record
+    assert not without("metrics.json", record.replace('"seed": 3', '"seed": 1'))
+
+
+def test_the_time_left_follows_the_reference_runs_and_the_pace_here(tmp_path):
+    given = {"results_dir": str(tmp_path)}
+    tasks = [make_task(setting, given) for setting in ("a2", "a1", "c")]
+    clock = Clock(tasks, 60_000)
+    references = reference_runs(load_runs(ROOT / "results")[0])
+    a2, a1, c = (
+        10 + 10 * median(references[s].record.seconds_per_epoch) for s in ("a2", "a1", "c")
+    )
+    assert sum(clock.expected.values()) == pytest.approx(a2 + a1 + c, rel=0.05)
+    left = sum(clock.expected.values()) - clock.expected["a2"]
+    clock.done(tasks[0], 2 * clock.expected["a2"])  # twice as slow here
+    assert clock.left() == f"about {format_seconds(2 * left)} left"
+    clock.skip(tasks[1])
+    assert sum(clock.expected.values()) == pytest.approx(c, rel=0.05)
 
 
 def test_two_processes_do_not_run_the_same(small_mnist, tmp_path):
@@ -207,12 +199,6 @@ def test_a_parameter_that_contradicts_the_setting_is_refused():
 
 
 def test_make_hands_its_variables_to_the_command_line():
-    def commands(*arguments):
-        done = subprocess.run(
-            ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
     values = {
         "EPOCHS": "3",
         "BATCH_SIZE": "32",
@@ -221,6 +207,20 @@ def test_make_hands_its_variables_to_the_command_line():
         "PRECISION": "mixed_bfloat16",
         "DATASET": "some file.npz",
     }
+
+    def commands(*arguments):
+        # Not what an outer make was given, such as make test SEED=1.
+        clean = {k: v for k, v in os.environ.items() if k not in (*values, "MAKEFLAGS")}
+        done = subprocess.run(
+            ["make", "-n", *arguments],
+            cwd=ROOT,
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
     text = commands(
         "run", *(f"{k}={v}" for k, v in values.items()), "RESULTS_DIR=there", "MODELS=a1 c"
     )
@@ -231,18 +231,24 @@ def test_make_hands_its_variables_to_the_command_line():
     assert re.search(r"-p 'epochs=2' +-p 'train_samples=1000'", commands("quick"))
     assert " -p " not in commands("run")
     assert "--models" not in commands("run")
+    text = commands("sweep", "SEEDS=0-4", "MODELS=a1 a2", "SCHEDULER=tcp://host:8786", "EPOCHS=3")
+    given = "sweep --models a1 a2 --seeds '0-4' --scheduler 'tcp://host:8786' -p 'epochs=3'"
+    assert given in re.sub(r"[\s\\]+", " ", text)
 
 
-@pytest.mark.parametrize("folder", [ROOT, NOTEBOOKS])
-def test_plain_papermill_works_from_the_root_and_from_notebooks(folder, small_mnist, tmp_path):
-    notebook = os.path.relpath(NOTEBOOKS / "2_model_a2.ipynb", folder)
+def test_several_values_of_a_parameter_are_refused_where_one_is_taken(capsys):
+    assert main(["run", "--models", "a2", "-p", "epochs=1", "-p", "epochs=2"]) == 2
+    assert capsys.readouterr().err == "epochs has 2 values; run takes one, sweep several.\n"
+
+
+def test_plain_papermill_works_from_the_folder_of_the_notebooks(small_mnist, tmp_path):
     done = subprocess.run(
         python(
-            *("-m", "papermill", notebook, tmp_path / "out.ipynb"),
+            *("-m", "papermill", "2_model_a2.ipynb", tmp_path / "out.ipynb"),
             *("-p", "epochs", 1, "-p", "batch_size", 64, "-p", "train_samples", 100),
             *("-p", "dataset", small_mnist, "-p", "results_dir", tmp_path / "runs"),
         ),
-        cwd=folder,
+        cwd=NOTEBOOKS,
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """Sweeps on real Dask processes; a notebook of milliseconds stands in where many runs matter."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -8,17 +9,21 @@ import subprocess
 import time
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import dask
 import nbformat
 import psutil
 import pytest
 from conftest import ROOT, output_text, python
+from distributed.scheduler import KilledWorker
 
+from mnist_utils.__main__ import main
 from mnist_utils.headless import Task
 from mnist_utils.parameters import InputError, check_parameters
 from mnist_utils.runs import load_runs
 from mnist_utils.sweep import (
+    _write_future,
     check_workers,
     difference,
     make_tasks,
@@ -332,6 +337,15 @@ def test_a_data_set_outlives_the_only_worker_that_has_it(cluster, stand_ins, sma
     assert seeds(tmp_path / "runs") == [0, 1, 2]
 
 
+def test_a_worker_that_dies_again_and_again_is_said_in_a_sentence():
+    class Dead:
+        def result(self):
+            raise KilledWorker("run", None, allowed_failures=2)
+
+    problem = _write_future(None, Dead())
+    assert problem == "Its worker died 3 times while it ran, perhaps for lack of memory."
+
+
 def test_a_kernel_finds_these_helpers_and_what_its_worker_finds(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/of/the/worker")
     assert python_path() == f"{ROOT}:/of/the/worker"
@@ -359,15 +373,37 @@ def test_the_same_run_asked_for_twice_is_one_task(tmp_path):
     assert len(make_tasks(["c7", "c7"], [0, 0], values)) == 1
 
 
+def run_of_accuracy(folder: Path) -> SimpleNamespace:
+    """Stands in for load_run: 98 % with seed 0, 99 % with seed 1."""
+    accuracy = {"seed0": 0.98, "seed1": 0.99}[folder.name.split("-")[-1]]
+    return SimpleNamespace(record=SimpleNamespace(test_accuracy=accuracy))
+
+
 def test_means_are_taken_over_runs_that_differ_in_the_seed_alone(tmp_path, monkeypatch, capsys):
     values = {"first_kernel_size": [2, 3], "results_dir": [str(tmp_path)]}
     tasks = make_tasks(["c"], [0, 1], values)
     tasks += make_tasks(["c7"], [0], {"results_dir": [str(tmp_path)]})
-    (reference, *_), _ = load_runs(ROOT / "results")
-    monkeypatch.setattr("mnist_utils.sweep.load_run", lambda folder: reference)
+    monkeypatch.setattr("mnist_utils.sweep.load_run", run_of_accuracy)
     print_means(tasks)
-    names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["CNN C", "CNN C, first_kernel_size 3", "CNN C, 7X7 first"]
+    assert capsys.readouterr().out.splitlines() == [
+        "CNN C: test accuracy 98.50 ± 0.71 % (n = 2)",
+        "CNN C, first_kernel_size 3: test accuracy 98.50 ± 0.71 % (n = 2)",
+        "CNN C, 7X7 first: test accuracy 98.00 % (n = 1)",
+    ]
+
+
+def test_the_command_ends_with_1_and_leaves_out_of_the_means_what_failed(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("mnist_utils.sweep.load_run", run_of_accuracy)
+    command = ["sweep", "--models", "a2", "--seeds", "0-1", "--results-dir", str(tmp_path)]
+    for failed, code, mean in (
+        (slice(0), 0, "98.50 ± 0.71 % (n = 2)"),
+        (slice(1), 1, "99.00 % (n = 1)"),
+    ):
+        monkeypatch.setattr("mnist_utils.sweep.run_sweep", lambda tasks, _, f=failed: tasks[f])
+        assert main(command) == code
+        assert capsys.readouterr().out == f"CNN A.2: test accuracy {mean}\n"
 
 
 def test_a_seed_given_as_a_parameter_is_refused():
@@ -401,13 +437,12 @@ def test_an_interrupt_ends_the_sweep_and_its_workers(small_mnist, tmp_path):
         text=True,
         start_new_session=True,
     )
-    process.stdout.readline()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not started(process) and time.monotonic() < deadline:
         time.sleep(0.2)
+    assert started(process)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert children
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
     assert "Interrupted. What is recorded is kept" in output
