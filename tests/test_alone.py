@@ -30,13 +30,16 @@ COLAB = {
 }
 
 
+IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
     """A git repository of the present files, standing in for the public one."""
     folder = tmp_path_factory.mktemp("public") / "repository"
     folder.mkdir()
     for name in ("mnist_utils", "results", "notebooks", "tools"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=IGNORED)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -60,7 +63,9 @@ def open_alone(name, repository, folder) -> Path:
     """Copy a notebook into an empty folder; its first cell leads to the stand-in."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     (setup,) = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
-    source = re.sub(r"git\+https://github\.com/\S+", f"git+file://{repository}", setup.source)
+    # Without isolation pip builds with the packages that are here, and needs no registry.
+    here = f"--no-build-isolation git+file://{repository}"
+    source = re.sub(r"git\+https://github\.com/\S+", here, setup.source)
     assert source != setup.source
     setup.source = source
     path = folder / f"{name}.ipynb"

@@ -29,9 +29,8 @@ def site():
     server.shutdown()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [830, 1366])
-def test_every_page_is_whole_without_a_network(site, scheme, width):
+@pytest.mark.parametrize(("width", "scheme"), [(830, "light"), (1366, "dark")])
+def test_every_page_is_whole_without_a_network(site, width, scheme):
     from playwright.sync_api import sync_playwright
 
     SCREENSHOTS.mkdir(exist_ok=True)
