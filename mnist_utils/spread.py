@@ -292,7 +292,7 @@ def _verdict(groups, first, second, p) -> str:
     if p is None:
         return "n = 1: not known"
     if p >= LEVEL:
-        return f"no difference shown, {_p_text(p)}"
+        return f"not shown, {_p_text(p)}"
     better = max(first, second, key=lambda setting: mean_accuracy(groups[setting]))
     return f"{SETTINGS[better].title}, {_p_text(p)}"
 
