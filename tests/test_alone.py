@@ -52,7 +52,8 @@ def repository(tmp_path_factory) -> Path:
 def fresh_python(tmp_path_factory) -> Path:
     """The Python of a fresh environment that has this one's packages, but not the helpers."""
     folder = tmp_path_factory.mktemp("fresh")
-    subprocess.run(python("-m", "venv", folder), check=True)
+    # Without its own pip and setuptools, older ones, before those of this environment.
+    subprocess.run(python("-m", "venv", "--without-pip", folder), check=True)
     (site_packages,) = folder.glob("lib/python*/site-packages")
     # A path in a .pth file brings packages in, but not what is installed as editable.
     (site_packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
