@@ -322,10 +322,10 @@ def around_text(rounds: list[dict], epoch: float) -> str:
     memory = median(row["comparison"]["peak_megabytes"] for row in rounds)
     return (
         f"What A.1's notebook, run by papermill, adds around a training of 10 epochs: "
-        f"{median(added):.1f} s (n = {len(added)}, {min(added):.1f} to {max(added):.1f}), "
+        f"{spread(added, '.1f')} s (n = {len(added)}), "
         f"{median(added) / (10 * epoch):.1%} of the training. `6_comparison` runs in "
-        f"{median(comparison):.1f} s ({min(comparison):.1f} to {max(comparison):.1f}), from the "
-        f"start of its kernel to the last cell, and takes {memory:,.0f} MB."
+        f"{spread(comparison, '.1f')} s, from the start of its kernel to the "
+        f"last cell, and takes {memory:,.0f} MB."
     )
 
 
