@@ -11,6 +11,7 @@ from dataclasses import replace
 from statistics import median
 
 import nbformat
+import papermill
 import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, SMALL, python, write_npz
@@ -141,6 +142,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(small_mnist, tmp_path):
     assert not list(tmp_path.glob("*/*/executing.ipynb"))
 
 
+def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp_path):
+    prepared, executed = tmp_path / "prepared.ipynb", tmp_path / "executed.ipynb"
+    papermill.execute_notebook(
+        NOTEBOOKS / "2_model_a2.ipynb",
+        prepared,
+        {"epochs": 2, "batch_size": 64, "dataset": str(small_mnist), "results_dir": str(tmp_path)},
+        prepare_only=True,
+    )
+    subprocess.run(
+        python("-m", "nbconvert", "--execute", "--to", "notebook", "--output", executed, prepared),
+        cwd=ROOT,
+        check=True,
+    )
+    (cell,) = [c for c in nbformat.read(executed, 4).cells if "model.fit(" in c.source]
+    assert len([o for o in cell.outputs if "image/png" in o.get("data", {})]) == 1
+    assert "".join(o.text for o in cell.outputs if "text" in o).count("Epoch ") == 2
+
+
 def test_only_a_run_by_the_same_code_with_all_its_files_counts(executed, small_mnist, tmp_path):
     given = SMALL | {"dataset": str(small_mnist), "results_dir": str(tmp_path)}
     task, done = make_task("a2", given), executed("a2")
@@ -241,14 +260,16 @@ def test_several_values_of_a_parameter_are_refused_where_one_is_taken(capsys):
     assert capsys.readouterr().err == "epochs has 2 values; run takes one, sweep several.\n"
 
 
-def test_plain_papermill_works_from_the_folder_of_the_notebooks(small_mnist, tmp_path):
+@pytest.mark.parametrize("folder", [ROOT, NOTEBOOKS])
+def test_plain_papermill_works_from_the_root_and_from_notebooks(folder, small_mnist, tmp_path):
+    notebook = os.path.relpath(NOTEBOOKS / "2_model_a2.ipynb", folder)
     done = subprocess.run(
         python(
-            *("-m", "papermill", "2_model_a2.ipynb", tmp_path / "out.ipynb"),
+            *("-m", "papermill", notebook, tmp_path / "out.ipynb"),
             *("-p", "epochs", 1, "-p", "batch_size", 64, "-p", "train_samples", 100),
             *("-p", "dataset", small_mnist, "-p", "results_dir", tmp_path / "runs"),
         ),
-        cwd=NOTEBOOKS,
+        cwd=folder,
         capture_output=True,
         text=True,
     )

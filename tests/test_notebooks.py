@@ -217,7 +217,7 @@ def test_nothing_is_written_to_standard_error(setting, executed):
     assert [o for o in outputs if o.get("name") == "stderr" or o.output_type == "error"] == []
 
 
-@pytest.mark.parametrize("setting", ["a1", "a2", "b", "c", "d-accuracy"])  # each notebook once
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_a_second_execution_prints_the_same_numbers(setting, executed, tmp_path):
     # nbval executes the notebook again and compares what each cell gives; in a copy, because the
     # notebook saves its run again.

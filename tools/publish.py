@@ -4,9 +4,9 @@ Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.p
 
 Takes each run, of all models or of those named, that the present code cells made with the
 reference parameters, or with another seed or precision; it takes the place of the one published.
-Published runs that other code cells made are removed: they would be averaged with the new ones.
 Its record and predictions go to results/; of a reference run the outputs go into the notebook
-and the figures into the prose. Last, the comparison is executed over results/ alone, and its
+and the figures into the prose. Published runs that other code cells made are removed: they would
+be averaged with the new ones. Last, the comparison is executed over results/ alone, and its
 table and figure go into the README.
 """
 
