@@ -36,7 +36,7 @@ def load_data(images: int | None):
 
 def timed_fit(run) -> float:
     """Return the seconds of the one ``fit`` that ``run()`` calls, after two steps to warm up."""
-    from mnist_utils.training import keras
+    import keras
 
     seconds = []
     fit = keras.Model.fit
@@ -58,7 +58,7 @@ def timed_fit(run) -> float:
 
 
 def train_original(name: str, images: int | None) -> float:
-    import original
+    import original  # and not mnist_utils.training, which sets TensorFlow up
 
     return timed_fit(lambda: original.train(name, load_data(images)))
 
@@ -92,6 +92,8 @@ def run_cells(name: str, last: str, **given) -> dict:
 
 def train_notebook(name: str, precision: str, images: int | None) -> float:
     """Train by the notebook's own cells, for one epoch in this precision."""
+    import mnist_utils.training  # noqa: F401 - before Keras: it sets TensorFlow up
+
     given = {"epochs": 1, "precision": precision, "train_samples": images}
     return timed_fit(lambda: run_cells(name, "model.fit(", **given))
 

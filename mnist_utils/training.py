@@ -30,6 +30,9 @@ def _quiet_stderr():
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+# TensorFlow uses oneDNN's kernels unasked only where a processor has instructions made for
+# networks, such as AVX-512's. They are faster with AVX2 as well: benchmarks/README.md.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 with _quiet_stderr():
     import keras
     import tensorflow as tf

@@ -164,3 +164,13 @@ def test_mixed_float16_trains_with_a_scaled_loss(pretended_gpu, small_arrays, ca
     history = model.fit(batches, epochs=3, verbose=0, shuffle=False).history
     assert history["loss"][-1] < history["loss"][0]
     assert model.predict(images[:2], verbose=0).dtype == "float32"
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "1"), ("0", "0")])
+def test_onednns_kernels_are_asked_for_unless_a_reader_set_it(given, used, monkeypatch):
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if given:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", given)
+    script = "import os, mnist_utils.training; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
+    done = subprocess.run(python("-c", script), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == used
