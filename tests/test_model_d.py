@@ -249,6 +249,28 @@ def test_the_steps_are_measured_and_written(steps_tool, small_arrays, monkeypatc
     assert run.finished_run().record.run.batch_size == 128
 
 
+def test_the_frontier_has_each_budget_and_its_epochs_on_the_splits_of_the_steps(
+    steps_tool, small_arrays, monkeypatch, tmp_path
+):
+    arrays = small_arrays
+    small = (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
+    monkeypatch.setattr(steps_tool, "load_mnist", lambda: small)
+    monkeypatch.setattr(steps_tool, "HELD_OUT", 100)
+    monkeypatch.setattr(steps_tool, "FOLDER", tmp_path)
+    tasks = steps_tool.frontier_tasks([0, 1])
+    runs = [task.given for group in tasks.values() for task in group]
+    assert {(given["budget"], given["epochs"]) for given in runs} == {
+        *(("speed", epochs) for epochs in (1, 3, 6)),
+        *(("accuracy", epochs) for epochs in (3, 7, 14)),
+    }
+    steps = steps_tool.step_tasks([0, 1])["the whole"]
+    for group in tasks.values():
+        assert [task.parameters.dataset for task in group] == [
+            task.parameters.dataset for task in steps
+        ]
+    assert len({task.folder for group in tasks.values() for task in group}) == len(runs)
+
+
 def test_the_measured_steps_are_those_of_the_notebook(steps_tool):
     content = json.loads((RESULTS / "steps.json").read_text())
     assert content["code_sha256"] == code_sha256(NOTEBOOK)

@@ -1,13 +1,15 @@
 """Measure what each step of model D buys, on training images held out; never on the test set.
 
 Usage, in the checkout's root: .venv/bin/python tools/model_d_steps.py [--seeds 0-4]
+                               .venv/bin/python tools/model_d_steps.py --frontier
                                .venv/bin/python tools/model_d_steps.py --other-split d-speed
 
 Each step is the notebook with a few words of its code replaced. It runs as any sweep does, on
 other data sets: 50,000 training images, and 10,000 held out in the test set's place, in another
-split for every seed. Writes results/d/steps.json, which the notebook shows. With --other-split:
-the budgets as they are, on all 70,000 images split anew; writes results/d/other_split.json,
-which the comparison shows.
+split for every seed. Writes results/d/steps.json, which the notebook shows. With --frontier:
+the budgets with fewer and more epochs, on the same splits; writes results/d/frontier.json. With
+--other-split: the budgets as they are, on all 70,000 images split anew; writes
+results/d/other_split.json, which the comparison shows.
 """
 
 import argparse
@@ -31,6 +33,7 @@ FOLDER = ROOT / "runs" / "d_steps"
 RESULTS = ROOT / "results" / "d"
 HELD_OUT = 10_000
 BUDGETS = {"d-speed": {"budget": "speed"}, "d-accuracy": {"budget": "accuracy"}}
+FRONTIER = {"speed": (1, 3, 6), "accuracy": (3, 7, 14)}  # epochs
 
 NORMALIZATION = "    model.add(FusedBatchNormalization(momentum=0.9))\n"
 FILTERS = "(32, 5, True), (32, 3, False), (64, 3, True), (96, 3, False)"
@@ -86,13 +89,17 @@ STEPS = {
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="0-4")
-    parser.add_argument("--other-split", nargs="+", choices=BUDGETS, metavar="BUDGET")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--frontier", action="store_true")
+    which.add_argument("--other-split", nargs="+", choices=BUDGETS, metavar="BUDGET")
     options = parser.parse_args()
     seeds = parse_seeds(options.seeds)
     if options.other_split:
         return measure(
             other_split_tasks(options.other_split, seeds), RESULTS / "other_split.json", "budgets"
         )
+    if options.frontier:
+        return measure(frontier_tasks(seeds), RESULTS / "frontier.json", "frontier")
     return measure(step_tasks(seeds), RESULTS / "steps.json", "steps")
 
 
@@ -112,13 +119,28 @@ def measure(tasks: dict[str, list[Task]], file: Path, name: str) -> int:
 
 def step_tasks(seeds: list[int]) -> dict[str, list[Task]]:
     """Return a task for each step and seed, each seed on a split of its own."""
-    notebook, (images, labels) = read_notebook(notebook_path("5_model_d")), load_mnist()[0]
-    splits = {seed: write_split(f"held_out{seed}", images, labels, seed) for seed in seeds}
+    notebook, splits = read_notebook(notebook_path("5_model_d")), held_out_splits(seeds)
     return {
         step: [
             make_task(step, changed(notebook, replaced), own, seed, splits[seed]) for seed in seeds
         ]
         for step, (replaced, own) in STEPS.items()
+    }
+
+
+def frontier_tasks(seeds: list[int]) -> dict[str, list[Task]]:
+    """Return a task for each budget, number of epochs and seed, on the splits of the steps."""
+    notebook = changed(read_notebook(notebook_path("5_model_d")), {})
+    splits = held_out_splits(seeds)
+    return {
+        f"{budget}, {epochs} epoch{'s' if epochs > 1 else ''}": [
+            make_task(
+                "frontier", notebook, {"budget": budget, "epochs": epochs}, seed, splits[seed]
+            )
+            for seed in seeds
+        ]
+        for budget, numbers in FRONTIER.items()
+        for epochs in numbers
     }
 
 
@@ -155,6 +177,12 @@ def make_task(name: str, notebook, own: dict, seed: int, split: Path) -> Task:
     results = FOLDER / re.sub(r"\W+", "_", name)
     all_given = {"epochs": None, "batch_size": 256, "results_dir": str(results), **given}
     return Task(f"{name},", notebook, given, check_parameters("d", **all_given))
+
+
+def held_out_splits(seeds: list[int]) -> dict[int, Path]:
+    """Write a split of the training images for each seed."""
+    images, labels = load_mnist()[0]
+    return {seed: write_split(f"held_out{seed}", images, labels, seed) for seed in seeds}
 
 
 def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) -> Path:
