@@ -58,7 +58,7 @@ def timed_fit(run) -> float:
 
 
 def train_original(name: str, images: int | None) -> float:
-    import original  # and not mnist_utils.training, which sets TensorFlow up
+    import original  # never mnist_utils.training: it has TensorFlow use other kernels
 
     return timed_fit(lambda: original.train(name, load_data(images)))
 
@@ -92,7 +92,7 @@ def run_cells(name: str, last: str, **given) -> dict:
 
 def train_notebook(name: str, precision: str, images: int | None) -> float:
     """Train by the notebook's own cells, for one epoch in this precision."""
-    import mnist_utils.training  # noqa: F401 - before Keras: it sets TensorFlow up
+    import mnist_utils.training  # noqa: F401 - before Keras, as in the notebook
 
     given = {"epochs": 1, "precision": precision, "train_samples": images}
     return timed_fit(lambda: run_cells(name, "model.fit(", **given))

@@ -51,6 +51,15 @@ def test_an_epoch_is_measured(way):
     assert 300 < one["peak_megabytes"] < 10_000
 
 
+def test_the_originals_code_runs_with_tensorflows_own_choice_of_kernels(monkeypatch):
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    chosen = "os.environ.get('TF_ENABLE_ONEDNN_OPTS')"
+    script = f"import os, one; one.train_original('a2', 512); print({chosen})"
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    done = subprocess.run(python("-c", script), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "None"
+
+
 def test_the_page_shows_what_was_measured(benchmark, tmp_path, monkeypatch):
     measure = benchmark("measure")
     committed = (BENCHMARKS / "README.md").read_text(encoding="utf-8")

@@ -221,6 +221,16 @@ def steps_tool(monkeypatch):
     sys.modules.pop("model_d_steps")
 
 
+@pytest.fixture
+def small_steps_tool(steps_tool, small_arrays, monkeypatch, tmp_path):
+    """The tool on few images, with its files in a folder of the test's."""
+    small = [(small_arrays[f"x_{part}"], small_arrays[f"y_{part}"]) for part in ("train", "test")]
+    monkeypatch.setattr(steps_tool, "load_mnist", lambda: small)
+    monkeypatch.setattr(steps_tool, "HELD_OUT", 100)
+    monkeypatch.setattr(steps_tool, "FOLDER", tmp_path)
+    return steps_tool
+
+
 def test_each_step_changes_the_notebook_as_it_is(steps_tool):
     variants = {}
     for step, (replaced, given) in steps_tool.STEPS.items():
@@ -230,12 +240,8 @@ def test_each_step_changes_the_notebook_as_it_is(steps_tool):
     assert len(set(variants.values())) == len(variants)
 
 
-def test_the_steps_are_measured_and_written(steps_tool, small_arrays, monkeypatch, tmp_path):
-    arrays = small_arrays
-    small = (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
-    monkeypatch.setattr(steps_tool, "load_mnist", lambda: small)
-    monkeypatch.setattr(steps_tool, "HELD_OUT", 100)
-    monkeypatch.setattr(steps_tool, "FOLDER", tmp_path)
+def test_the_steps_are_measured_and_written(small_steps_tool, monkeypatch, tmp_path):
+    steps_tool = small_steps_tool
     step = "batches of 128, peak rate 0.01"
     replaced, given = steps_tool.STEPS[step]
     monkeypatch.setattr(steps_tool, "STEPS", {step: (replaced, {"epochs": 1, **given})})
@@ -249,21 +255,14 @@ def test_the_steps_are_measured_and_written(steps_tool, small_arrays, monkeypatc
     assert run.finished_run().record.run.batch_size == 128
 
 
-def test_the_frontier_has_each_budget_and_its_epochs_on_the_splits_of_the_steps(
-    steps_tool, small_arrays, monkeypatch, tmp_path
-):
-    arrays = small_arrays
-    small = (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
-    monkeypatch.setattr(steps_tool, "load_mnist", lambda: small)
-    monkeypatch.setattr(steps_tool, "HELD_OUT", 100)
-    monkeypatch.setattr(steps_tool, "FOLDER", tmp_path)
-    tasks = steps_tool.frontier_tasks([0, 1])
+def test_the_frontier_has_each_budget_and_its_epochs_on_the_splits_of_the_steps(small_steps_tool):
+    tasks = small_steps_tool.frontier_tasks([0, 1])
     runs = [task.given for group in tasks.values() for task in group]
     assert {(given["budget"], given["epochs"]) for given in runs} == {
         *(("speed", epochs) for epochs in (1, 3, 6)),
         *(("accuracy", epochs) for epochs in (3, 7, 14)),
     }
-    steps = steps_tool.step_tasks([0, 1])["the whole"]
+    steps = small_steps_tool.step_tasks([0, 1])["the whole"]
     for group in tasks.values():
         assert [task.parameters.dataset for task in group] == [
             task.parameters.dataset for task in steps
