@@ -47,7 +47,10 @@ def timed_fit(run) -> float:
         began = time.perf_counter()
         history = fit(model, x, y, **options)
         seconds.append(time.perf_counter() - began)
-        assert history.history["val_accuracy"][-1] > 0.1, "the model learnt nothing"
+        # Not that of validation, which is chance after few steps: the averages of the batch
+        # normalization are still far behind.
+        assert history.history["accuracy"][-1] > 0.2, "the model learnt nothing"
+        assert "val_accuracy" in history.history, "the model was not validated"
         return history
 
     keras.Model.fit = warm_and_timed
