@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import dask
 import nbformat
 from dask.system import CPU_COUNT
 from distributed import Client, Future, Worker, as_completed, get_worker
+from distributed.client import CancelledError
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from mnist_utils.headless import (
@@ -97,7 +100,7 @@ def run_on_worker(
         try:
             if data:
                 Path(data[0]).write_bytes(data[1])
-                given = {**given, "dataset": data[0]}
+                given = {**given, "dataset": f"./{data[0]}"}  # "mnist" is the embedded one
             given = {**given, "results_dir": "runs"}
             problem = execute(nbformat.reads(notebook, 4), given, Path("executed"))
             kept = (Path("executed", EXECUTED), Path("executed", FAILED))
@@ -140,8 +143,8 @@ def run_sweep(tasks: list[Task], scheduler: str | None = None) -> list[Task]:
 
     ``scheduler`` is the address of a running Dask scheduler; without it a cluster is started
     here, one worker process a core, listening on the loopback address only. Raises InputError
-    for a data set that cannot be trained on, when the scheduler cannot be reached, or when a
-    worker is unfit.
+    for a data set that cannot be trained on, when the scheduler cannot be reached or is lost, or
+    when it or a worker is unfit.
     """
     wanted = [task for task in tasks if not task.finished_run()]
     print(f"{len(tasks)} runs, {len(tasks) - len(wanted)} recorded already.", flush=True)
@@ -150,7 +153,13 @@ def run_sweep(tasks: list[Task], scheduler: str | None = None) -> list[Task]:
     check_data(wanted)
     with open_client(scheduler) as client:
         check_workers(client)
-        failed = _run_wanted(client, wanted)
+        try:
+            failed = _run_wanted(client, wanted)
+        except (CancelledError, OSError) as error:  # the latter includes CommClosedError
+            raise InputError(
+                f"The connection to the scheduler was lost ({first_line(error)}). What is recorded "
+                "is kept; the same command goes on from there."
+            ) from None
     if failed:
         print(f"{len(failed)} of {len(wanted)} failed.", file=sys.stderr)
     return failed
@@ -207,19 +216,26 @@ def open_client(scheduler: str | None) -> Client:
 def package_versions() -> dict[str, str]:
     """Return the versions on which a run's numbers depend; of the helpers, a digest as well.
 
-    Two checkouts have the same version, but perhaps not the same code.
+    Two checkouts have the same version, but perhaps not the same code. A package that is missing
+    is left out.
     """
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
-    return {package: version(package) for package in PACKAGES} | {CODE: code.hexdigest()[:8]}
+    versions = {CODE: code.hexdigest()[:8]}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def difference(there: dict[str, str], here: dict[str, str]) -> str | None:
     """Return in words the first package of a worker's that is not as on the client, if any."""
     for package, wanted in here.items():
-        if there.get(package) != wanted:
-            return f"has {package} {there.get(package)}; it must be {wanted}, as on the client"
+        if package not in there:
+            return f"has no {package}; it must have {wanted}, as the client has"
+        if there[package] != wanted:
+            return f"has {package} {there[package]}; it must be {wanted}, as on the client"
     return None
 
 
@@ -238,7 +254,14 @@ def unfit(versions: dict[str, str], dask_worker: Worker) -> str | None:
 
 
 def check_workers(client: Client) -> None:
-    """Raise InputError when there is no worker, or one that is unfit."""
+    """Raise InputError when there is no worker, or when one or the scheduler is unfit."""
+    try:
+        client.run_on_scheduler(package_versions)  # it reads what it hands on to the workers
+    except Exception as error:
+        raise InputError(
+            f"The scheduler cannot hand out the notebooks: {first_line(error)}; it needs this "
+            "package too."
+        ) from None
     try:
         client.wait_for_workers(1, timeout=60)
     except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
@@ -345,7 +368,7 @@ def _write_future(task: Task, future: Future) -> str | None:
             f"Its worker died {error.allowed_failures + 1} times while it ran, perhaps for lack of "
             "memory."
         )
-    except UnfitWorker:  # not the run's fault
+    except (UnfitWorker, CancelledError, CommClosedError):  # not the run's fault
         raise
     except Exception as error:  # one run's trouble must not stop the others
         return f"{first_line(error)}."

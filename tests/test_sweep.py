@@ -97,10 +97,14 @@ def stand_ins(tmp_path):
     return make
 
 
-def start(*arguments, folder: Path) -> subprocess.Popen:
+def start(*arguments, folder: Path, **variables) -> subprocess.Popen:
     folder.mkdir()
     return subprocess.Popen(
-        python("-m", *arguments), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        python("-m", *arguments),
+        cwd=folder,
+        env=os.environ | variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 
@@ -132,7 +136,16 @@ def two_thread_cluster(tmp_path):
     yield from start_cluster(tmp_path, threads=2)
 
 
-def start_cluster(tmp_path, *options, threads=1):
+@pytest.fixture
+def strange_cluster(tmp_path):
+    """The same, but the scheduler has not this package."""
+    hidden = tmp_path / "hidden" / "mnist_utils"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ModuleNotFoundError(\"No module 'mnist_utils'\")")
+    yield from start_cluster(tmp_path, PYTHONPATH=str(hidden.parent))
+
+
+def start_cluster(tmp_path, *options, threads=1, **variables):
     file = tmp_path / "scheduler.json"
     processes = [
         start(
@@ -140,6 +153,7 @@ def start_cluster(tmp_path, *options, threads=1):
             "--no-dashboard",
             *("--scheduler-file", file, *options),
             folder=tmp_path / "scheduler",
+            **variables,
         )
     ]
     deadline = time.monotonic() + 60
@@ -279,6 +293,30 @@ def test_a_worker_with_other_packages_is_named(cluster, stand_ins, monkeypatch):
         run_sweep(stand_ins(1), address)
 
 
+def test_a_scheduler_without_the_package_is_named(strange_cluster, stand_ins):
+    address, _ = strange_cluster
+    sentence = "The scheduler cannot hand out the notebooks: .*; it needs this package too"
+    with pytest.raises(InputError, match=sentence):
+        run_sweep(stand_ins(1), address)
+
+
+def test_a_scheduler_that_is_lost_is_said_and_nothing_recorded_is_lost(
+    cluster, stand_ins, tmp_path, capsys
+):
+    address, processes = cluster
+
+    def kill_when_one_is_recorded():
+        while not seeds(tmp_path / "runs"):
+            time.sleep(0.05)
+        processes[0].kill()
+
+    Thread(target=kill_when_one_is_recorded, daemon=True).start()
+    with pytest.raises(InputError, match=r"connection to the scheduler was lost .* same command"):
+        run_sweep(stand_ins(20, seconds=1), address)
+    assert 0 < len(seeds(tmp_path / "runs")) < 20
+    assert "FAILED" not in capsys.readouterr().out
+
+
 def test_a_worker_with_several_threads_is_refused(two_thread_cluster, stand_ins):
     address, _ = two_thread_cluster
     with pytest.raises(InputError, match=r"has 2 threads; it must have one: .* --nthreads 1"):
@@ -361,6 +399,16 @@ def test_checkouts_of_the_same_version_but_other_code_are_told_apart(monkeypatch
     there = package_versions.__wrapped__()
     assert difference(there, here).startswith("has code of mnist_utils ")
     assert difference(here, here) is None
+
+
+def test_a_worker_without_tensorflow_is_told(monkeypatch):
+    here = package_versions()
+    monkeypatch.setattr("mnist_utils.sweep.PACKAGES", ("mnist-notebooks", "no-such-package"))
+    there = package_versions.__wrapped__()
+    wanted = here["tensorflow"]
+    assert difference(there, here) == (
+        f"has no tensorflow; it must have {wanted}, as the client has"
+    )
 
 
 def test_tasks_are_models_times_seeds_times_values(tmp_path):
