@@ -159,10 +159,7 @@ def needs_table(last: dict) -> str:
 def core_minutes() -> list[float]:
     """Return what the reference run of each setting takes of one core, in minutes."""
     runs = reference_runs(load_runs(ROOT / "results")[0]).values()
-    return [
-        sum(run.record.seconds_per_epoch) / 60 * int(run.record.environment["cores"])
-        for run in runs
-    ]
+    return [sum(run.record.seconds_per_epoch) / 60 * run.record.threads for run in runs]
 
 
 def measure_alone(runs: int) -> dict:

@@ -107,6 +107,11 @@ class Record(_Strict):
         """The seconds of training and validation, and of a costly evaluation."""
         return sum(self.seconds_per_epoch) + self.evaluation_seconds
 
+    @property
+    def threads(self) -> int:
+        """The threads that it computed with: all cores, where an older record does not say."""
+        return int(self.environment.get("threads", self.environment["cores"]))
+
     @model_validator(mode="after")
     def _one_number_an_epoch(self):
         lists = {**self.history.model_dump(), "seconds_per_epoch": self.seconds_per_epoch}

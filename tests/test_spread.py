@@ -128,6 +128,15 @@ def test_the_first_screens_sentence_has_the_spread_and_how_many_seeds(stand_in):
     assert reference_sentence(runs[:1]).startswith("test accuracy 97.00 % (one run, seed 0), ")
 
 
+def test_the_first_screens_sentence_counts_the_cores_that_the_run_had(stand_in):
+    run = stand_in("a1", 0, range(30))
+    environment = {"cores": 8, "threads": 1}
+    run.record = run.record.model_copy(update={"environment": environment})
+    assert reference_sentence([run]).endswith(" in all on 1 processor core")
+    del environment["threads"]  # as in the first records
+    assert reference_sentence([run]).endswith(" in all on 8 processor cores")
+
+
 def test_the_image_test_is_mcnemars_exact_one_and_corrected_for_the_pairs(stand_in):
     groups = over_seeds(
         [
@@ -161,6 +170,16 @@ def test_the_image_tests_of_several_seeds_are_put_together_by_the_middle_one(sta
     assert image_tests(over_seeds([*a1, *a2])) == pytest.approx({("a1", "a2"): middle * 3 / 2})
     # Which is better is told by the runs compared: A.1's fourth is not.
     assert difference_matrix(over_seeds([*a1, *a2])).rows[1][1] == "CNN A.2, p = 0.012"
+
+
+def test_seeds_that_contradict_each_other_show_no_better_model(stand_in):
+    a1 = [stand_in("a1", seed, range(count)) for seed, count in enumerate([0, 40])]
+    a2 = [stand_in("a2", seed, range(count)) for seed, count in enumerate([30, 0])]
+    assert image_tests(over_seeds([*a1, *a2])) == {("a1", "a2"): 1.0}
+    # Where both agree, the weaker counts.
+    a2 = [stand_in("a2", seed, range(count)) for seed, count in enumerate([30, 60])]
+    expected = stats.binomtest(0, 20).pvalue
+    assert image_tests(over_seeds([*a1, *a2])) == pytest.approx({("a1", "a2"): expected})
 
 
 def test_the_seed_test_tells_apart_what_differs_and_only_that(stand_in):
