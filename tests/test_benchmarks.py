@@ -54,7 +54,9 @@ def test_an_epoch_is_measured(way):
 def test_the_originals_code_runs_with_tensorflows_own_choice_of_kernels(monkeypatch):
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
     chosen = "os.environ.get('TF_ENABLE_ONEDNN_OPTS')"
-    script = f"import os, one; one.train_original('a2', 512); print({chosen})"
+    # What it learns in two steps is chance, and no matter here.
+    script = "import os, one; one.timed_fit = lambda run: run(); "
+    script += f"one.train_original('a2', 512); print({chosen})"
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
     done = subprocess.run(python("-c", script), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "None"

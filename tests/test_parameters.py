@@ -103,8 +103,8 @@ def test_a_budget_sets_the_epochs_that_are_not_given(tmp_path):
 
 
 def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="model is 'e'; it must be one of a1, a2, b, c"):
-        check_parameters("e", **GOOD, results_dir=str(tmp_path))
+    with pytest.raises(InputError, match="model is 'none'; it must be one of a1, a2, b, c"):
+        check_parameters("none", **GOOD, results_dir=str(tmp_path))
 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 Usage, in the checkout's root: .venv/bin/python tools/model_d_steps.py [--seeds 0-4]
                                .venv/bin/python tools/model_d_steps.py --frontier
-                               .venv/bin/python tools/model_d_steps.py --other-split d-speed
+                               .venv/bin/python tools/model_d_steps.py --other-split
 
 Each step is the notebook with a few words of its code replaced. It runs as any sweep does, on
 other data sets: 50,000 training images, and 10,000 held out in the test set's place, in another
@@ -91,13 +91,11 @@ def main() -> int:
     parser.add_argument("--seeds", default="0-4")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--frontier", action="store_true")
-    which.add_argument("--other-split", nargs="+", choices=BUDGETS, metavar="BUDGET")
+    which.add_argument("--other-split", action="store_true")
     options = parser.parse_args()
     seeds = parse_seeds(options.seeds)
     if options.other_split:
-        return measure(
-            other_split_tasks(options.other_split, seeds), RESULTS / "other_split.json", "budgets"
-        )
+        return measure(other_split_tasks(seeds), RESULTS / "other_split.json", "budgets")
     if options.frontier:
         return measure(frontier_tasks(seeds), RESULTS / "frontier.json", "frontier")
     return measure(step_tasks(seeds), RESULTS / "steps.json", "steps")
@@ -144,15 +142,15 @@ def frontier_tasks(seeds: list[int]) -> dict[str, list[Task]]:
     }
 
 
-def other_split_tasks(budgets: list[str], seeds: list[int]) -> dict[str, list[Task]]:
-    """Return a task for each of these budgets and seeds, on all 70,000 images split anew."""
+def other_split_tasks(seeds: list[int]) -> dict[str, list[Task]]:
+    """Return a task for each budget and seed, on all 70,000 images split anew."""
     notebook, (train, test) = read_notebook(notebook_path("5_model_d")), load_mnist()
     images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
     split = write_split("other_split", images, labels, seed=0)
     notebook = changed(notebook, {})
     return {
-        name: [make_task("other split", notebook, BUDGETS[name], seed, split) for seed in seeds]
-        for name in budgets
+        name: [make_task("other split", notebook, given, seed, split) for seed in seeds]
+        for name, given in BUDGETS.items()
     }
 
 
