@@ -245,9 +245,11 @@ def speed_table(rounds: dict[str, list[dict]]) -> str:
     """Return images a second in each way, and the ratios, in Markdown."""
     ways = ways_of(rounds)
     precisions = {way: name for way, name in PRECISIONS.items() if way in ways}
+    others = {way: name for way, name in precisions.items() if way != "float32"}
     compared = {
         **{f"{name} to original": (way, "original") for way, name in precisions.items()},
         "float32 to PyTorch": ("float32", "pytorch"),
+        **{f"{name} to float32": (way, "float32") for way, name in others.items()},
     }
     shares = [f"share of GEMM, {name}" for name in precisions.values()]
     rows = [["model", "rounds", *ways.values(), *compared, *shares]]

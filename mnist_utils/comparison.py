@@ -252,8 +252,8 @@ def show_accuracy_against_cost(
     """Show test accuracy against training time: reference runs filled, a reader's own hollow.
 
     ``groups`` are each setting's runs over seeds: a filled point is their mean, its bar their
-    standard deviation, its time that of the reference run. The cross is train_mnist_fast, which
-    was run on the machine of the reference runs. Own runs far below the worst reference would
+    standard deviation, its time that of the reference run. The cross is train_mnist_fast,
+    tried by hand on two cores of the same kind. Own runs far below the worst reference would
     squeeze all others into one line; they are counted instead.
     """
     accuracies = [100 * run.record.test_accuracy for run in references.values()]

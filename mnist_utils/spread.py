@@ -119,7 +119,7 @@ def loss_over_seeds(runs: list[Run]) -> str:
 
 
 def accuracy_over_seeds(runs: list[Run]) -> str:
-    """Return the mean test accuracy of runs in percent, with its standard deviation if any."""
+    """Return the mean test accuracy of runs in per cent, with its standard deviation if any."""
     return mean_and_deviation([100 * run.record.test_accuracy for run in runs], 2)
 
 

@@ -1,7 +1,7 @@
 """Set the repository's public name, which badges and first cells lead to.
 
 Usage: make links REPO=owner/name. The name is kept in pyproject.toml, under project.urls; from
-there it goes into the notebooks, their executed copies and the README.
+there it goes into the notebooks and their executed copies.
 """
 
 import re
@@ -24,7 +24,7 @@ def main(new: str) -> None:
         sys.exit(f"REPO is {new!r}; it must be owner/name, as on GitHub.")
     old = public_name()
     notebooks = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/*/*/*.ipynb")]
-    for path in (PYPROJECT, ROOT / "README.md", *sorted(notebooks)):
+    for path in (PYPROJECT, *sorted(notebooks)):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace(old, new), encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: {text.count(old)} places")
