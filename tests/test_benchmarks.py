@@ -147,3 +147,8 @@ def test_what_the_comparison_says_of_bfloat16_was_measured():
         for row in measured["budgets"]["d-accuracy"]
     ]
     assert f"D, accuracy, took {100 * median(accuracy):.0f} % of A.1's time" in prose
+    seconds = median(row["float32"]["seconds"] for row in measured["budgets"]["d-accuracy"])
+    epochs = [row["float32"]["seconds"] for row in measured["rounds"]["a1"]]
+    least, most = (f"{10 * seconds / epoch:.0f}" for epoch in (max(epochs), min(epochs)))
+    assert f"By A.1's epochs in three other rounds it would be {least} to {most} %" in prose
+    assert len(epochs) == 3

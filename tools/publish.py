@@ -162,9 +162,9 @@ def publish_comparison() -> None:
     take_outputs(notebook, clean(executed))
     write_notebook(notebook, path)
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}) and "accuracy" in output.data["text/plain"]:
-                README_FIGURE.write_bytes(base64.b64decode(output.data["image/png"]))
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if data.get("text/plain", "").startswith("Test accuracy of each model"):
+                README_FIGURE.write_bytes(base64.b64decode(data["image/png"]))
 
 
 def write_readme(references: dict[str, Run], groups: dict[str, list[Run]]) -> None:
