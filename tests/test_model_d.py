@@ -1,6 +1,7 @@
 """The parts of model D's notebook do what its prose says, and what it shows is not stale."""
 
 import json
+import re
 import sys
 
 import nbformat
@@ -278,7 +279,20 @@ def test_the_measured_steps_are_those_of_the_notebook(steps_tool):
         assert len({run["seed"] for run in runs}) >= 5
 
 
-def test_another_split_was_measured_with_the_present_notebook():
+def test_the_measured_frontier_is_that_of_the_notebook(steps_tool):
+    content = json.loads((RESULTS / "frontier.json").read_text())
+    assert content["code_sha256"] == code_sha256(NOTEBOOK)
+    expected = {(name, epochs) for name, many in steps_tool.FRONTIER.items() for epochs in many}
+    names = re.compile(r"(\w+), (\d+) epochs?")
+    found = [names.fullmatch(name).groups() for name in content["frontier"]]
+    assert {(name, int(epochs)) for name, epochs in found} == expected
+    for runs in content["frontier"].values():
+        assert len({run["seed"] for run in runs}) >= 5
+
+
+def test_another_split_was_measured_with_the_present_notebook(steps_tool):
     content = json.loads((RESULTS / "other_split.json").read_text())
     assert content["code_sha256"] == code_sha256(NOTEBOOK)
-    assert len(content["budgets"]["d-speed"]) >= 5
+    assert list(content["budgets"]) == list(steps_tool.BUDGETS)
+    for runs in content["budgets"].values():
+        assert len({run["seed"] for run in runs}) >= 5
