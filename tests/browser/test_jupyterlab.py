@@ -241,7 +241,7 @@ def test_the_comparison_shows_tables_and_figures(page, server, project):
     tables = [i for i, cell in enumerate(outputs) if "<table" in json.dumps(cell)]
     figures = [i for i, cell in enumerate(outputs) if "image/png" in json.dumps(cell)]
     assert len(tables) >= 4
-    assert len(figures) == 3
+    assert len(figures) == 4
     show_cell(page, tables[0])
     table = page.locator(".jp-RenderedHTMLCommon table").first
     table.wait_for()
