@@ -204,16 +204,15 @@ def image_tests(groups: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
 
 
 def _two_sided(counts: list[tuple[int, int]]) -> float:
-    """Return the p of McNemar's tests together: twice that of the direction that has the less.
+    """Return the p of several McNemar tests together, for the model that is better in the mean.
 
-    Each direction is put together by itself, so that seeds that contradict each other show
-    neither. For one seed it is the usual exact p.
+    It is doubled, for it could have been the other. Seeds that contradict each other so show
+    neither, and for one seed it is the usual exact p.
     """
-    directions = [
-        [stats.binomtest(pair[way], sum(pair), alternative="greater").pvalue for pair in counts]
-        for way in (0, 1)
-    ]
-    return min(1.0, 2 * min(map(_middle, directions)))
+    first, second = np.sum(counts, axis=0)
+    better = 0 if first >= second else 1
+    tests = [stats.binomtest(pair[better], sum(pair), alternative="greater") for pair in counts]
+    return min(1.0, 2 * _middle([test.pvalue for test in tests]))
 
 
 def _middle(p_values: list[float]) -> float:
