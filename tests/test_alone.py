@@ -117,7 +117,7 @@ def test_make_links_sets_the_public_name_everywhere(repository, tmp_path):
     before = {name: nbformat.read(copy / f"notebooks/{name}.ipynb", 4) for name in MODEL_NOTEBOOKS}
     subprocess.run(python(copy / "tools/links.py", "somebody/digits"), check=True)
     text = "".join(path.read_text(encoding="utf-8") for path in copy.rglob("*.ipynb"))
-    text += (copy / "pyproject.toml").read_text()
+    text += (copy / "README.md").read_text() + (copy / "pyproject.toml").read_text()
     assert "YOUR_NAME" not in text
     assert text.count("github.com/somebody/digits") >= 6
     assert text.count(
