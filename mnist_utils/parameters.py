@@ -36,7 +36,7 @@ SETTINGS = {
     "c": Setting("4_model_c", "CNN C", {"first_kernel_size": 2}),
     "c7": Setting("4_model_c", "CNN C, 7X7 first", {"first_kernel_size": 7}),
     "d-speed": Setting("5_model_d", "CNN D, speed", {"budget": "speed"}, 3),
-    "d-accuracy": Setting("5_model_d", "CNN D, accuracy", {"budget": "accuracy"}, 14),
+    "d-accuracy": Setting("5_model_d", "CNN D, accuracy", {"budget": "accuracy"}, 7),
 }
 MODELS = tuple(dict.fromkeys(setting.model for setting in SETTINGS.values()))
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import NOTEBOOKS, ROOT
 
 from mnist_utils.headless import code_sha256
+from mnist_utils.parameters import SETTINGS
 from mnist_utils.training import keras, make_batches, tf
 
 PATH = NOTEBOOKS / "5_model_d.ipynb"
@@ -294,5 +295,6 @@ def test_another_split_was_measured_with_the_present_notebook(steps_tool):
     content = json.loads((RESULTS / "other_split.json").read_text())
     assert content["code_sha256"] == code_sha256(NOTEBOOK)
     assert list(content["budgets"]) == list(steps_tool.BUDGETS)
-    for runs in content["budgets"].values():
+    for setting, runs in content["budgets"].items():
         assert len({run["seed"] for run in runs}) >= 5
+        assert {run["epochs"] for run in runs} == {SETTINGS[setting].epochs}

@@ -162,7 +162,8 @@ FACTS = {
         *(99.77, 0.02, "99.70", 0.03, 99.76, 99.69),  # logs of An et al.
         *("0.50", 0.09),  # entropy and loss of a smoothed answer, tested below
         *(1.2, 0.9, 1.8, 1.6, 1.3),  # speed, tested in test_benchmarks.py
-        *(99.56, 0.03, 99.64, 0.02),  # D on another split, tested below
+        *(99.56, 0.03, 99.64, 0.01),  # D on another split, tested below
+        *(99.72, 0.04),  # D, accuracy, when it took 14 epochs: results/ before this was changed
         11 * 11 * 64,
         5 * 5 * 32,  # values that reach the dense layers of A.1 and A.2
         -(-60_000 // 256),  # steps an epoch

@@ -206,6 +206,7 @@ def outcome(task: Task) -> dict:
     record = task.finished_run().record
     return {
         "seed": record.run.seed,
+        "epochs": record.run.epochs,
         "accuracy": record.test_accuracy,
         "seconds": round(record.total_seconds, 1),
         "threads": record.environment["threads"],
