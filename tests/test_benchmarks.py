@@ -87,11 +87,11 @@ def test_model_ds_first_screen_says_what_was_measured():
     first = nbformat.read(NOTEBOOKS / "5_model_d.ipynb", 4).cells[0].source
     fast, slow = (measured_with(name)["budgets"] for name in ("AVX-512", "AVX2"))
     float32, bfloat16 = (share(fast["d-speed"], way, "b") for way in ("float32", "mixed_bfloat16"))
-    said = f"with AVX-512 {float32:.1f} % in float32, {bfloat16:.1f} % in mixed bfloat16; in two "
-    said += f"with AVX2 {share(slow['d-speed'], 'float32', 'b'):.1f} % in float32)"
-    assert said in first
-    said = f"about half of A.1's ({share(slow['d-accuracy'], 'float32', 'a1'):.0f} %, in two rounds"
-    assert said in first
+    said = f"for speed, {float32:.1f} % in float32 and {bfloat16:.1f} % in mixed bfloat16 with "
+    said += "AVX-512, in one round, and "
+    said += f"{share(slow['d-speed'], 'float32', 'b'):.1f} % in float32 with AVX2, in two rounds; "
+    accuracy = share(slow["d-accuracy"], "float32", "a1")
+    assert said + f"for accuracy {accuracy:.0f} % with AVX2, in two rounds." in first
     rounds = [len(fast["d-speed"]), len(slow["d-speed"]), len(slow["d-accuracy"])]
     assert rounds == [1, 2, 2]
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 
 import nbformat
 import numpy as np
@@ -275,6 +276,23 @@ def test_what_the_prose_says_of_more_epochs_is_so():
     assert [p < 0.05 for p in p_values] == [True, False, True, False]
     corrected = multipletests(p_values, method="holm")[1]
     assert [p < 0.05 for p in corrected] == [True, False, False, False]
+
+
+def test_what_the_prose_says_of_shared_mistakes_is_so():
+    (prose,) = (
+        cell.source
+        for cell in nbformat.read(NOTEBOOKS / "6_comparison.ipynb", 4).cells
+        if cell.id == "shared-text"
+    )
+    arrays = [run.predictions() for run in GROUPS["d-accuracy"]]
+    labels = arrays[0]["labels"]
+    wrong = np.array([one["predicted"] != labels for one in arrays])
+    votes = np.mean([one["probabilities"].astype(float) for one in arrays], axis=0)
+    assert f"Its five runs share {wrong.all(axis=0).sum()}," in prose
+    assert f"a vote of five makes {(votes.argmax(axis=1) != labels).sum()}," in prose
+    one_run = wrong.sum(axis=1).mean()
+    both = np.mean([(a & b).sum() for a, b in combinations(wrong, 2)])
+    assert round(10 * both / one_run) == 7 and "seven tenths" in prose
 
 
 def test_on_another_split_model_d_stays_below_what_it_reaches_on_the_usual_one():
