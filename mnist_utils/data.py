@@ -36,7 +36,7 @@ def load_mnist(dataset: str = "mnist", train_samples: int | None = None, seed: i
     arrays = _read_arrays(EMBEDDED if embedded else Path(dataset), name)
     if embedded:
         for array_name, expected in SHA256.items():
-            if hashlib.sha256(arrays[array_name].tobytes()).hexdigest() != expected:
+            if hashlib.sha256(arrays[array_name]).hexdigest() != expected:
                 raise InputError(
                     f"{name}: {array_name} is not the MNIST array it should be "
                     "(its SHA-256 differs); it must be the file this project ships."

@@ -94,10 +94,9 @@ def plt_dynamic(x, vy, ty, ax, epochs: int, quantity: str = "Loss") -> None:
 
 def show_digits(images: np.ndarray, titles: list[str], alt: str) -> None:
     """Show up to ten images, of shape (28, 28) or with a channel axis, in a row with titles."""
-    with figure(1, 10, size=(9, 0.75 + 0.3 * (1 + max(t.count("\n") for t in titles)))) as (
-        fig,
-        axes,
-    ):
+    size = 9, 0.75 + 0.3 * (1 + max(title.count("\n") for title in titles))
+    no_ticks = {"xticks": (), "yticks": ()}  # placing them takes time, though they are not shown
+    with figure(1, 10, size=size, subplot_kw=no_ticks) as (fig, axes):
         for ax in axes:
             ax.axis("off")
         for ax, image, title in zip(axes, images, titles, strict=False):

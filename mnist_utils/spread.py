@@ -269,12 +269,16 @@ def precision_table(
     return table
 
 
-def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
+def difference_matrix(
+    groups: dict[str, list[Run]],
+    seed_p: dict[tuple[str, str], float],
+    image_p: dict[tuple[str, str], float],
+) -> PrettyTable:
     """Return a matrix of all pairs: over seeds above the diagonal, over images below it.
 
-    A cell says which model is better, or that no difference is shown, and the corrected p.
+    A cell says which model is better, or that no difference is shown, and the corrected p, as
+    seed_tests and image_tests return them.
     """
-    over_images, over_the_seeds = image_tests(groups), seed_tests(groups)
     table = PrettyTable(["", *(SETTINGS[setting].title for setting in groups)])
     order = list(groups)
     for row, first in enumerate(order):
@@ -283,10 +287,10 @@ def difference_matrix(groups: dict[str, list[Run]]) -> PrettyTable:
             if row == column:
                 cells.append(f"n = {len(groups[first])}")
             elif column > row:
-                cells.append(_verdict(groups, first, second, over_the_seeds.get((first, second))))
+                cells.append(_verdict(groups, first, second, seed_p.get((first, second))))
             else:
                 common = _with_common_seeds(groups, second, first)
-                cells.append(_verdict(common, second, first, over_images.get((second, first))))
+                cells.append(_verdict(common, second, first, image_p.get((second, first))))
         table.add_row([SETTINGS[first].title, *cells])
     return table
 
@@ -316,10 +320,16 @@ def mean_accuracy(runs: list[Run]) -> float:
     return float(np.mean([run.record.test_accuracy for run in runs]))
 
 
-def ranking_text(groups: dict[str, list[Run]]) -> str:
-    """Return in words whether the original's ranking, B > C > A.1 > A.2, stands."""
+def ranking_text(
+    groups: dict[str, list[Run]],
+    seed_p: dict[tuple[str, str], float],
+    image_p: dict[tuple[str, str], float],
+) -> str:
+    """Return in words whether the original's ranking, B > C > A.1 > A.2, stands.
+
+    ``seed_p`` and ``image_p`` are what seed_tests and image_tests return.
+    """
     ranking = [setting for setting in ORIGINAL_RANKING if setting in groups]
-    over_images, over_the_seeds = image_tests(groups), seed_tests(groups)
     here = sorted(ranking, key=lambda setting: -mean_accuracy(groups[setting]))
     lines = [
         "The original's ranking: "
@@ -331,7 +341,7 @@ def ranking_text(groups: dict[str, list[Run]]) -> str:
     ]
     for better, worse in pairwise(ranking):
         pair = tuple(sorted((better, worse), key=list(groups).index))
-        tests = {"seeds": over_the_seeds.get(pair), "test images": over_images.get(pair)}
+        tests = {"seeds": seed_p.get(pair), "test images": image_p.get(pair)}
         if all(p is None for p in tests.values()):
             continue
         shown = [over for over, p in tests.items() if p is not None and p < LEVEL]

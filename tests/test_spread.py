@@ -94,8 +94,8 @@ def test_one_run_has_no_spread(stand_in):
     assert (n, mean, interval) == (1, "99.00", "one run: not known")
     groups = over_seeds([stand_in("a1", 0, range(10)), stand_in("a2", 0, range(20))])
     assert seed_tests(groups) == {}
-    assert "n = 1: not known" in str(difference_matrix(groups))
-    assert "one run only" in ranking_text(groups)
+    assert "n = 1: not known" in str(difference_matrix(groups, {}, {}))
+    assert "one run only" in ranking_text(groups, {}, image_tests(groups))
 
 
 def test_a_readers_own_runs_stand_beside_the_reference_with_their_spread(stand_in):
@@ -167,9 +167,11 @@ def test_the_image_tests_of_several_seeds_are_put_together_by_the_middle_one(sta
         stand_in("a2", seed, range(fewer, 10 * (seed + 1))) for seed, fewer in enumerate([2, 8, 30])
     ]
     middle = stats.binomtest(0, 8).pvalue
-    assert image_tests(over_seeds([*a1, *a2])) == pytest.approx({("a1", "a2"): middle * 3 / 2})
+    groups = over_seeds([*a1, *a2])
+    image_p = image_tests(groups)
+    assert image_p == pytest.approx({("a1", "a2"): middle * 3 / 2})
     # Which is better is told by the runs compared: A.1's fourth is not.
-    assert difference_matrix(over_seeds([*a1, *a2])).rows[1][1] == "CNN A.2, p = 0.012"
+    assert difference_matrix(groups, {}, image_p).rows[1][1] == "CNN A.2, p = 0.012"
 
 
 def test_seeds_that_contradict_each_other_show_no_better_model(stand_in):
@@ -192,7 +194,7 @@ def test_the_seed_test_tells_apart_what_differs_and_only_that(stand_in):
     p_values = seed_tests(groups)
     assert p_values["a1", "b"] < 0.001
     assert p_values["a1", "a2"] > 0.3
-    text = str(difference_matrix(groups))
+    text = str(difference_matrix(groups, p_values, image_tests(groups)))
     assert "CNN B, p < 0.001" in text
     assert "not shown, p = " in text
 
@@ -201,7 +203,8 @@ def test_the_ranking_is_answered_in_words(stand_in):
     order = [("b", 5), ("c7", 6), ("a2", 40), ("a1", 80)]
     runs = [stand_in(setting, 0, range(count)) for setting, count in order]
     assert set(dict(order)) < set(SETTINGS)
-    text = ranking_text(over_seeds(runs))
+    groups = over_seeds(runs)
+    text = ranking_text(groups, seed_tests(groups), image_tests(groups))
     assert "CNN B (99.50 %) > CNN C, 7X7 first (99.40 %) > CNN A.2 (96.00 %)" in text
     assert "CNN B over CNN C, 7X7 first: the same order here, but it may be chance." in text
     assert "CNN C, 7X7 first over CNN A.1: stands (shown over test images)." in text
