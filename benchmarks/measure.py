@@ -1,12 +1,13 @@
 """Measure training speed side by side, in rounds, and write the table and the figure.
 
-Usage, by make bench: python benchmarks/measure.py [--models a1 a2] [--rounds 3] [--report]
+Usage, by make bench: python benchmarks/measure.py [--models a1 a2] [--rounds 3] [--add]
+       python benchmarks/measure.py --report
 
 Every measurement is one epoch in a process of its own. In a round each model is trained in each
 way, one after the other, so that a change of the machine's pace touches all alike; ratios are
 taken within a round, and their median is shown. measurements.json keeps machines apart, and the
 versions of what they ran; models measured anew take the place of their older measurements on the
-same machine with the same versions.
+same machine with the same versions, or with --add come after them.
 """
 
 import argparse
@@ -72,8 +73,11 @@ def run_side_by_side(model: str) -> dict:
     return {"seconds": mean(seconds) / CPU_COUNT}
 
 
-def measure(models: list[str], rounds: int) -> None:
-    """Measure the models in all ways and rounds; keep what older runs know of the others."""
+def measure(models: list[str], rounds: int, add: bool = False) -> None:
+    """Measure the models in all ways and rounds; keep what older runs know of the others.
+
+    With ``add`` the models' own older rounds are kept as well.
+    """
     machine = describe_machine()
     here = {"machine": machine, "rounds": {}, "budgets": {}, "around": []}
     everything = []
@@ -91,21 +95,23 @@ def measure(models: list[str], rounds: int) -> None:
     if "bfloat16" in machine["processor"]:
         precisions.append("mixed_bfloat16")
     for model in models:
-        if model in BUDGETS:
-            here["budgets"][model] = measure_budget(model, rounds, precisions)
-        else:
-            here["rounds"][model] = measure_model(model, rounds, precisions)
+        kind, measure_one = (
+            ("budgets", measure_budget) if model in BUDGETS else ("rounds", measure_model)
+        )
+        kept = here[kind].get(model, []) if add else []
+        numbers = range(len(kept), len(kept) + rounds)
+        here[kind][model] = kept + measure_one(model, numbers, precisions)
         keep()
     if "a1" in models:
         here["around"] = measure_around(rounds)
         keep()
 
 
-def measure_model(model: str, rounds: int, precisions: list[str]) -> list[dict]:
-    """Measure a model in all ways, in rounds."""
+def measure_model(model: str, numbers: range, precisions: list[str]) -> list[dict]:
+    """Measure a model in all ways, in rounds of these numbers."""
     done = []
     ways = ["original", *precisions, "pytorch", *([SWEEP] if model in SWEPT else [])]
-    for number in range(rounds):
+    for number in numbers:
         row = {"gemm": {precision: run_one("gemm", precision) for precision in precisions}}
         # Every other round goes the other way round.
         for way in ways[:: -1 if number % 2 else 1]:
@@ -116,15 +122,15 @@ def measure_model(model: str, rounds: int, precisions: list[str]) -> list[dict]:
     return done
 
 
-def measure_budget(setting: str, rounds: int, precisions: list[str]) -> list[dict]:
+def measure_budget(setting: str, numbers: range, precisions: list[str]) -> list[dict]:
     """Measure a budget's whole runs, and between them an epoch of the model it is measured by.
 
-    A run is an ordinary one, seed by seed, and stays in runs/.
+    A run is an ordinary one, its seed the round's number, and stays in runs/.
     """
     model, own = BUDGETS[setting]
     ways = [model, *(precision for precision in precisions if precision in own), "batches"]
     done = []
-    for seed in range(rounds):
+    for seed in numbers:
         row = {}
         for way in ways[:: -1 if seed % 2 else 1]:
             if way == model:
@@ -377,10 +383,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="1-99")
+    parser.add_argument("--add", action="store_true", help="keep the models' older rounds too")
     parser.add_argument("--report", action="store_true", help="write the report, measure nothing")
     options = parser.parse_args()
     if not options.report:
-        measure(options.models, options.rounds)
+        measure(options.models, options.rounds, options.add)
     report()
 
 

@@ -146,14 +146,15 @@ def open_comparison() -> float:
         return time.perf_counter() - began
 
 
-def run_budget(setting: str, precision: str, seed: int) -> float:
-    """Run a budget of D's as make run does; return its seconds of training and evaluation."""
+def run_budget(setting: str, precision: str, seed: int) -> dict:
+    """Run a budget of D's as make run does; return its seconds, evaluation included, and epochs."""
     from mnist_utils.headless import execute, make_task
 
     task = make_task(setting, {"precision": precision, "seed": seed})
     problem = execute(task.notebook, task.given, task.folder)
     assert problem is None, problem
-    return task.finished_run().record.total_seconds
+    record = task.finished_run().record
+    return {"seconds": record.total_seconds, "epochs": record.run.epochs}
 
 
 def run_bare(name: str) -> None:
@@ -210,7 +211,7 @@ def main(name: str, way: str, number: str | None = None) -> None:
             measured = {"seconds": draw_batches(name)}
     elif name.startswith("d-"):
         with contextlib.redirect_stdout(io.StringIO()):
-            measured = {"seconds": run_budget(name, way, count)}
+            measured = run_budget(name, way, count)
     elif way == "opened":
         measured = {"seconds": open_comparison()}
     else:

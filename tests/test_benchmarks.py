@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from conftest import NOTEBOOKS, ROOT, python
 
+from mnist_utils.parameters import SETTINGS
 from mnist_utils.runs import architecture_digest, load_runs
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -96,6 +97,19 @@ def test_model_ds_first_screen_says_what_was_measured():
     assert rounds == [1, 2, 2]
 
 
+def test_ds_budgets_were_measured_with_the_epochs_that_they_have():
+    machines = json.loads((BENCHMARKS / "measurements.json").read_text())
+    measured = {
+        (setting, row[precision]["epochs"])
+        for machine in machines
+        for setting, rounds in machine["budgets"].items()
+        for row in rounds
+        for precision in ("float32", "mixed_bfloat16")
+        if precision in row
+    }
+    assert measured == {(name, SETTINGS[name].epochs) for name in ("d-speed", "d-accuracy")}
+
+
 def test_measuring_keeps_other_machines_and_other_models(benchmark, tmp_path, monkeypatch):
     measure = benchmark("measure")
     here = {"processor": "this", "cores": 2}
@@ -106,12 +120,20 @@ def test_measuring_keeps_other_machines_and_other_models(benchmark, tmp_path, mo
     ]
     monkeypatch.setattr(measure, "MEASUREMENTS", tmp_path / "measurements.json")
     measure.MEASUREMENTS.write_text(json.dumps(known))
-    monkeypatch.setattr(measure, "measure_model", lambda model, *_: [f"new {model}"])
+    monkeypatch.setattr(
+        measure, "measure_model", lambda model, numbers, _: [f"{model} {n}" for n in numbers]
+    )
     measure.measure(["a2"], 1)
     after = json.loads(measure.MEASUREMENTS.read_text())
     assert sorted(map(str, after)) == sorted(
-        map(str, [*known[1:], known[0] | {"rounds": {"a1": ["old"], "a2": ["new a2"]}}])
+        map(str, [*known[1:], known[0] | {"rounds": {"a1": ["old"], "a2": ["a2 0"]}}])
     )
+    monkeypatch.setattr(measure, "measure_around", lambda _: [])
+    measure.measure(["a2"], 1)  # in the older round's place
+    measure.measure(["a1"], 2, add=True)
+    after = json.loads(measure.MEASUREMENTS.read_text())
+    (rounds,) = (one["rounds"] for one in after if one["machine"] == here)
+    assert rounds == {"a1": ["old", "a1 1", "a1 2"], "a2": ["a2 0"]}
 
 
 def test_the_page_on_many_runs_follows_from_the_reference_runs(benchmark):
