@@ -3,11 +3,11 @@
 Usage, by make bench: python benchmarks/measure.py [--models a1 a2] [--rounds 3] [--add]
        python benchmarks/measure.py --report
 
-Every measurement is one epoch in a process of its own. In a round each model is trained in each
-way, one after the other, so that a change of the machine's pace touches all alike; ratios are
-taken within a round, and their median is shown. measurements.json keeps machines apart, and the
-versions of what they ran; models measured anew take the place of their older measurements on the
-same machine with the same versions, or with --add come after them.
+Every measurement has a process of its own; most are one epoch, D's are whole runs. In a round each
+model is trained in each way, one after the other, so that a change of the machine's pace touches
+all alike; ratios are taken within a round, and their median is shown. measurements.json keeps
+machines apart, and the versions of what they ran; models measured anew take the place of their
+older measurements on the same machine with the same versions, or with --add come after them.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def measure(models: list[str], rounds: int, add: bool = False) -> None:
         here[kind][model] = kept + measure_one(model, numbers, precisions)
         keep()
     if "a1" in models:
-        here["around"] = measure_around(rounds)
+        here["around"] = (here["around"] if add else []) + measure_around(rounds)
         keep()
 
 
