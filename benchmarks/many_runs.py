@@ -1,10 +1,10 @@
-"""Measure what a run costs the client of a sweep, and write docs/many_runs.md's tables.
+"""Measure what a run costs a sweep's client and scheduler; write docs/many_runs.md's tables.
 
 Usage, by make bench-sweep: python benchmarks/many_runs.py [RUNS ...]
 
 The tasks are real: model A.2's notebook travels out; a record, predictions and an executed
 notebook of the real size come back, are checked and written. Only what the worker does is left
-out: it executes no notebook.
+out: it executes no notebook. The scheduler and the workers, one a core, are processes of their own.
 """
 
 import json
@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import mean
 
 import psutil
+from dask.system import CPU_COUNT
+from distributed.deploy.subprocess import SubprocessCluster
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,7 +39,9 @@ PAGE = ROOT / "docs/many_runs.md"
 COLUMNS = {
     "make_ms": "making a task, ms",
     "task_kb": "a task in memory, KB",
-    "sweep_ms": "a run, ms of the client",
+    "sweep_ms": "a run, ms of the clock",
+    "client_ms": "of the client's processor",
+    "scheduler_ms": "of the scheduler's processor",
     "resume_ms": "looking whether it is recorded, ms",
     "disk_kb": "a run on disk, KB",
     "first_half_mb": "client's peak in the first half, MB",
@@ -64,7 +68,7 @@ def make_stand_in():
             predictions.name: predictions.read_bytes(),
             RECORD_FILE: json.dumps(record).encode(),
         }
-        return outcome(files, None, wait)
+        return outcome(files, None)
 
     return stand_in
 
@@ -88,9 +92,25 @@ class Memory:
         self._thread.join()
 
 
+def processor_seconds(process: psutil.Process) -> float:
+    """Return the processor time that all threads of a process have taken."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
 def measure(runs: int) -> dict:
-    """Sweep over so many seeds of A.2; return seconds and bytes."""
-    with tempfile.TemporaryDirectory() as results, open(os.devnull, "w") as nowhere:
+    """Sweep over so many seeds of A.2; return milliseconds, kilobytes and megabytes."""
+    with (
+        tempfile.TemporaryDirectory() as results,
+        open(os.devnull, "w") as nowhere,
+        SubprocessCluster(
+            n_workers=CPU_COUNT, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+    ):
+        processes = {
+            "client": psutil.Process(),
+            "scheduler": psutil.Process(cluster.scheduler.process.pid),
+        }
         wanted = (["a2"], range(runs), {"results_dir": [results]})
         tracemalloc.start()
         tasks = sweep.make_tasks(*wanted)
@@ -99,9 +119,11 @@ def measure(runs: int) -> dict:
         before = time.perf_counter()
         tasks = sweep.make_tasks(*wanted)
         made = time.perf_counter()
+        idle = {name: processor_seconds(process) for name, process in processes.items()}
         with Memory() as memory, redirect_stdout(nowhere):
-            assert sweep.run_sweep(tasks) == []
+            assert sweep.run_sweep(tasks, cluster.scheduler_address) == []
         swept = time.perf_counter()
+        busy = {name: processor_seconds(process) for name, process in processes.items()}
         with redirect_stdout(nowhere):
             assert sweep.run_sweep(tasks) == []  # all recorded: nothing to do but look
         looked = time.perf_counter()
@@ -113,6 +135,7 @@ def measure(runs: int) -> dict:
         "runs": runs,
         "make_ms": 1e3 * (made - before) / runs,
         "sweep_ms": 1e3 * (swept - made) / runs,
+        **{f"{name}_ms": 1e3 * (busy[name] - idle[name]) / runs for name in processes},
         "resume_ms": 1e3 * (looked - swept) / runs,
         "task_kb": task_bytes / 1e3 / runs,
         "disk_kb": disk / 1e3 / runs,
@@ -129,7 +152,10 @@ def measured_table(rows: list[dict]) -> str:
 
 
 def needs_table(last: dict) -> str:
-    """Return in Markdown what many runs need, from what one costs the client and a core."""
+    """Return in Markdown what many runs need, from what one costs the client and a core.
+
+    ``last`` is a row of measure().
+    """
     all_minutes = core_minutes()
     minutes, longest = mean(all_minutes), max(all_minutes)
     rows = [["", *(f"{runs:,} runs" for runs in MANY)]]
@@ -143,23 +169,23 @@ def needs_table(last: dict) -> str:
             f"hours on {cores:,} cores",
             lambda runs, cores=cores: f"{max(runs * minutes / cores, longest) / 60:,.1f}",
         )
-    add("minutes of the client's time", lambda runs: f"{runs * last['sweep_ms'] / 6e4:,.1f}")
+    add("minutes to hand out and write", lambda runs: f"{runs * last['sweep_ms'] / 6e4:,.1f}")
     add("minutes to find what is recorded", lambda runs: f"{runs * last['resume_ms'] / 6e4:,.1f}")
     add("GB that come back, and of disk", lambda runs: f"{runs * last['disk_kb'] / 1e6:,.1f}")
     add("MB of the client's tasks", lambda runs: f"{runs * last['task_kb'] / 1e3:,.1f}")
     busy = minutes * 60 / (last["sweep_ms"] / 1e3)
     return markdown(rows) + (
         f"\n\nA run takes {minutes:.0f} core-minutes in the mean over the settings, by the "
-        f"reference runs, and {last['sweep_ms']:.0f} ms of the client, by the last row above. So "
-        f"one client keeps about {round(busy, -4):,.0f} cores busy, by its own time. No sweep is "
-        f"shorter than its longest run, {longest:.0f} core-minutes."
+        f"reference runs, and {last['sweep_ms']:.0f} ms to be handed out and written, by the last "
+        f"row above. So one client with one scheduler keeps about {round(busy, -4):,.0f} cores "
+        f"busy. No sweep is shorter than its longest run, {longest:.0f} core-minutes."
     )
 
 
 def core_minutes() -> list[float]:
     """Return what the reference run of each setting takes of one core, in minutes."""
     runs = reference_runs(load_runs(ROOT / "results")[0]).values()
-    return [sum(run.record.seconds_per_epoch) / 60 * run.record.threads for run in runs]
+    return [run.record.total_seconds / 60 * run.record.threads for run in runs]
 
 
 def measure_alone(runs: int) -> dict:

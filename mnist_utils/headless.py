@@ -69,7 +69,8 @@ class Task:
 def make_task(setting: str, given: dict) -> Task:
     """Return the task of one setting, such as "c7", with the parameters ``given``.
 
-    Raises InputError for an unknown setting or a bad parameter.
+    Values of another setting of the same notebook make it that one: c with a first kernel of 7×7
+    is c7. Raises InputError for an unknown setting or a bad parameter.
     """
     if setting not in SETTINGS:
         raise InputError(f"models has {setting!r}; it must be some of {', '.join(SETTINGS)}.")
@@ -83,6 +84,9 @@ def make_task(setting: str, given: dict) -> Task:
             raise InputError(f"{key} is {value!r}; for {setting} it must be {own[key]!r}.")
     # The notebook is told only what differs, so that its own defaults stay visible in it.
     wanted = {**own, **given}
+    for other, (notebook_name, _, values, _) in SETTINGS.items():
+        if notebook_name == name and values.items() <= wanted.items():
+            setting = other
     given = {key: value for key, value in wanted.items() if value != defaults[key]}
     parameters = check_parameters(SETTINGS[setting].model, **{**defaults, **wanted})
     return Task(setting, notebook, given, parameters)

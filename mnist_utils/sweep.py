@@ -54,7 +54,6 @@ class Outcome:
 
     files: dict[str, bytes]
     problem: str | None
-    seconds: float
 
 
 class UnfitWorker(Exception):
@@ -89,7 +88,6 @@ def run_on_worker(
     ``versions`` are the client's packages: a worker that joined late has not been checked, and
     raises UnfitWorker where it should have been refused.
     """
-    began = time.perf_counter()
     worker = get_worker()
     if problem := unfit(versions, worker):
         raise UnfitWorker(worker.address, problem)
@@ -110,7 +108,7 @@ def run_on_worker(
                     files[path.name] = path.read_bytes()
         finally:
             os.chdir(before)
-    return Outcome(files, problem, time.perf_counter() - began)
+    return Outcome(files, problem)
 
 
 def python_path() -> str:

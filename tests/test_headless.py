@@ -217,6 +217,13 @@ def test_a_parameter_that_contradicts_the_setting_is_refused():
         make_task("c7", {"first_kernel_size": 3})
 
 
+def test_values_of_another_setting_make_a_task_that_one():
+    assert make_task("d-speed", {"budget": "accuracy"}).setting == "d-accuracy"
+    assert make_task("c", {"first_kernel_size": 7}).setting == "c7"
+    assert make_task("c", {"first_kernel_size": 3}).setting == "c"
+    assert make_task("a1", {"seed": 7}).setting == "a1"
+
+
 def test_make_hands_its_variables_to_the_command_line():
     values = {
         "EPOCHS": "3",
