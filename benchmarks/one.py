@@ -35,7 +35,7 @@ def load_data(images: int | None):
 
 
 def timed_fit(run) -> float:
-    """Return the seconds of the one ``fit`` that ``run()`` calls, after two or three to warm up."""
+    """Return the seconds of the one ``fit`` that ``run()`` calls, after a few steps to warm up."""
     import keras
 
     seconds = []
@@ -44,8 +44,9 @@ def timed_fit(run) -> float:
     def warm_and_timed(model, x, y=None, **options):
         # Arrays with a smaller last batch, as an epoch has: else its shapes are traced anew.
         few = (x.take(2), None) if y is None else (x[:600], y[:600])
-        size = {name: options[name] for name in ("batch_size",) if name in options}
-        fit(model, *few, validation_data=few[0] if y is None else few, verbose=0, **size)
+        size = options.get("batch_size")
+        validation = few[0] if y is None else few
+        fit(model, *few, batch_size=size, validation_data=validation, verbose=0)
         began = time.perf_counter()
         history = fit(model, x, y, **options)
         seconds.append(time.perf_counter() - began)

@@ -10,7 +10,7 @@ import pytest
 from conftest import write_npz
 
 from mnist_utils import data
-from mnist_utils.data import balanced_subset, load_mnist
+from mnist_utils.data import balanced_subset, load_mnist, load_test_images
 from mnist_utils.parameters import InputError
 from mnist_utils.training import make_batches, prepare_images
 
@@ -35,8 +35,13 @@ def test_one_flipped_bit_in_the_embedded_file_is_named(tmp_path, monkeypatch):
     arrays = dict(np.load(data.EMBEDDED))
     arrays["x_test"][5, 14, 14] ^= 1
     monkeypatch.setattr(data, "EMBEDDED", write_npz(tmp_path / "mnist.npz", arrays))
-    with pytest.raises(InputError, match=r"mnist\.npz: x_test is not the MNIST array"):
-        load_mnist()
+    for load in (load_mnist, load_test_images):
+        with pytest.raises(InputError, match=r"mnist\.npz: x_test is not the MNIST array"):
+            load()
+
+
+def test_the_test_images_alone_are_those_of_mnist(mnist):
+    np.testing.assert_array_equal(load_test_images(), mnist[1][0])
 
 
 def test_a_flipped_bit_in_the_stored_bytes_is_named(tmp_path, monkeypatch):
