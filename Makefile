@@ -51,10 +51,10 @@ quick: TRAIN_SAMPLES := 1000
 quick: run
 
 jupyter: $(INSTALLED)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-browser: $(INSTALLED)
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -11,6 +12,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from filelock import FileLock
 
 from mnist_utils.data import balanced_subset, load_mnist
 from mnist_utils.headless import code_sha256
@@ -69,8 +71,17 @@ def small_arrays(mnist):
 
 
 @pytest.fixture(scope="session")
-def small_mnist(small_arrays, tmp_path_factory) -> Path:
-    return write_npz(tmp_path_factory.mktemp("data") / "small.npz", small_arrays)
+def common_folder(tmp_path_factory, worker_id) -> Path:
+    """The folder that all processes of pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def small_mnist(small_arrays, common_folder) -> Path:
+    path = common_folder / "small.npz"
+    with FileLock(common_folder / "small.lock"):
+        return path if path.exists() else write_npz(path, small_arrays)
 
 
 class Executed:
@@ -86,23 +97,25 @@ class Executed:
 
 
 @pytest.fixture(scope="session")
-def executed(small_mnist, tmp_path_factory):
+def executed(small_mnist, common_folder):
     """Return a function that executes a setting's notebook once and gives what came of it."""
-    done = {}
 
+    @cache
     def execute_setting(setting: str, **changed) -> Executed:
-        key = (setting, *sorted(changed.items()))
-        if key not in done:
-            folder = tmp_path_factory.mktemp(setting)
-            name, _, own, _ = SETTINGS[setting]
-            parameters = SMALL | own | {"dataset": str(small_mnist)} | changed
-            parameters["results_dir"] = str(folder / "runs")
-            source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(CODE_VARIABLE, code_sha256(source))
-                execute(name, folder / "executed.ipynb", **parameters)
-            done[key] = Executed(setting, folder / "executed.ipynb", folder / "runs")
-        return done[key]
+        folder = common_folder / "-".join(map(str, [setting, *changed.values()]))
+        path = folder / "executed.ipynb"
+        with FileLock(f"{folder}.lock"):
+            if not path.exists():
+                folder.mkdir(exist_ok=True)
+                name, _, own, _ = SETTINGS[setting]
+                parameters = SMALL | own | {"dataset": str(small_mnist)} | changed
+                parameters["results_dir"] = str(folder / "runs")
+                source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv(CODE_VARIABLE, code_sha256(source))
+                    execute(name, folder / "executing.ipynb", **parameters)
+                (folder / "executing.ipynb").rename(path)
+        return Executed(setting, path, folder / "runs")
 
     return execute_setting
 
