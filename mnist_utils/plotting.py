@@ -4,9 +4,9 @@ import base64
 import io
 from contextlib import contextmanager
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -37,13 +37,13 @@ SHOWN_DPI = 80  # half of it on the page, so that the figures are sharp on fine 
 
 @contextmanager
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.4), **options):
-    """Give a styled figure and its axes; it is closed at the end, so that it shows only once."""
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
-        try:
-            yield fig, axes
-        finally:
-            plt.close(fig)
+    """Give a styled figure and its axes.
+
+    It is made without pyplot, which takes time to import and would show it a second time.
+    """
+    with rc_context(STYLE):
+        fig = Figure(figsize=size, layout="constrained")
+        yield fig, fig.subplots(rows, columns, **options)
 
 
 def show(fig: Figure, alt: str, handle=None):
@@ -52,7 +52,7 @@ def show(fig: Figure, alt: str, handle=None):
     Returns the display's handle; given that handle, the image is replaced in place.
     """
     buffer = io.BytesIO()
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         fig.savefig(buffer, format="png", dpi=DPI)
     width, height = (round(inches * SHOWN_DPI) for inches in fig.get_size_inches())
     image = base64.b64encode(buffer.getvalue()).decode("ascii")
