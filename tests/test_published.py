@@ -91,7 +91,7 @@ def test_publishing_removes_what_other_code_made_and_leaves_out_runs_by_hand(
     assert "left out, it has no executed notebook" in capsys.readouterr().out
 
 
-def test_publishing_a_run_gives_what_is_committed(tmp_path, monkeypatch):
+def test_publishing_a_run_gives_what_is_committed(tmp_path, monkeypatch, capsys):
     publish, run = publish_tool(), REFERENCES["c7"]
     for name in ("notebooks", "results"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -114,6 +114,9 @@ def test_publishing_a_run_gives_what_is_committed(tmp_path, monkeypatch):
                 assert nbformat.read(copy, 4) == nbformat.read(file, 4), file.name
             elif file.is_file():
                 assert copy.read_bytes() == file.read_bytes(), file.name
+    assert capsys.readouterr().out == "c7, float32, seed 0: published\n"
+    publish.main([])  # it is published already
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("setting", REFERENCES)

@@ -2,8 +2,9 @@
 
 Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.py [MODEL ...]
 
-Takes each run, of all models or of those named, that the present code cells made with the
-reference parameters, or with another seed or precision; it takes the place of the one published.
+Takes each run that the present code cells made with the reference parameters, or with another
+seed or precision. Of the models named it takes the place of the one published; with none named,
+only what is not yet published is taken, for runs/ also holds what was run for other ends.
 Its record and predictions go to results/; of a reference run the outputs go into the notebook
 and the figures into the prose. Published runs that other code cells made are removed: they would
 be averaged with the new ones. Last, the comparison is executed over results/ alone, and its
@@ -38,10 +39,12 @@ def main(settings: list[str]) -> None:
         run for run in load_runs(ROOT / "runs")[0] if not settings or setting_of(run) in settings
     ]
     outputs = [run.folder for run in reference_runs(runs).values()]
+    present = {place(run): run.record.code_sha256 for run in load_runs(RESULTS)[0]}
     for precision in ("float32", "mixed_bfloat16"):
         for setting, group in over_seeds(runs, precision).items():
             for run in group:
-                publish_run(setting, run, with_outputs=run.folder in outputs)
+                if settings or present.get(place(run)) != run.record.code_sha256:
+                    publish_run(setting, run, with_outputs=run.folder in outputs)
     for run in load_runs(RESULTS)[0]:
         remove_if_stale(run)
     published = load_runs(RESULTS)[0]
@@ -59,6 +62,11 @@ def main(settings: list[str]) -> None:
     write_readme(references, groups)
 
 
+def place(run: Run) -> Path:
+    """Return where a run lies below runs/ or results/; two of the same parameters share it."""
+    return Path(run.folder.parent.name, run.folder.name)
+
+
 def publish_run(setting: str, run: Run, with_outputs: bool) -> None:
     """Copy a run to results/, and its outputs into the notebook if it ran with the defaults."""
     name = f"{setting}, {run.record.run.precision}, seed {run.record.run.seed}"
@@ -71,19 +79,18 @@ def publish_run(setting: str, run: Run, with_outputs: bool) -> None:
     if not run.record.code_sha256 == code_sha256(notebook) == code_sha256(executed):
         print(f"{name}: left out, other code cells made it")
         return
-    folder = RESULTS / run.folder.parent.name / run.folder.name
+    folder = RESULTS / place(run)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for file in (RECORD_FILE, run.record.predictions.file):
-        shutil.copy(run.folder / file, folder)
+    shutil.copy(run.folder / run.record.predictions.file, folder)
+    if with_outputs:
+        if any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells):
+            write_notebook(executed, folder / "executed.ipynb")
+        else:
+            take_outputs(notebook, executed)
+            write_notebook(notebook, path)
+    shutil.copy(run.folder / RECORD_FILE, folder)  # last: with it the run counts as published
     print(f"{name}: published")
-    if not with_outputs:
-        return
-    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells):
-        write_notebook(executed, folder / "executed.ipynb")
-    else:
-        take_outputs(notebook, executed)
-        write_notebook(notebook, path)
 
 
 def remove_if_stale(run: Run) -> None:
