@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,8 +36,10 @@ from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
 SIZES = ["d-speed", "a2", "a1", "d-accuracy", "c", "c7", "b"]
 SMALLEST_FIRST = sorted(SETTINGS, key=[*SIZES, *SETTINGS].index)
 COMPARISON = "6_comparison"
+STARTS = 3  # of a kernel that dies as it starts
 EXECUTED = "executed.ipynb"
 FAILED = "failed.ipynb"
+LOCK = ".lock"  # of a run's folder
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,37 @@ def make_task(setting: str, given: dict) -> Task:
     return Task(setting, notebook, given, parameters)
 
 
+def without_doubles(tasks: Iterable[Task]) -> list[Task]:
+    """Return the tasks, of those that would make the same run only one."""
+    return list({task.folder: task for task in tasks}.values())
+
+
 @lru_cache
 def _read_once(path: Path, modified: int) -> tuple[nbformat.NotebookNode, dict]:
-    """Return a notebook and its parameters' defaults; a thousand tasks share one copy.
+    """Return what read_defaults does; a thousand tasks share one copy.
 
     ``modified`` is the file's time in nanoseconds: a notebook that was edited is read again.
     """
+    return read_defaults(path)
+
+
+def read_defaults(path: Path) -> tuple[nbformat.NotebookNode, dict]:
+    """Return a notebook and its parameters' defaults.
+
+    Not by papermill's inspect_notebook, which passes over lines that it does not understand.
+    Raises InputError for a parameters cell that holds anything but assignments of values.
+    """
     notebook = read_notebook(path)
-    defaults = {
-        key: ast.literal_eval(parameter["default"])
-        for key, parameter in papermill.inspect_notebook(str(path)).items()
-    }
-    return notebook, defaults
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    try:
+        (cell,) = cells
+        lines = ast.parse(cell.source).body
+        return notebook, {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+    except (AttributeError, SyntaxError, ValueError):
+        raise InputError(
+            f"{path.name} has a parameters cell that cannot be read; there must be one, and in it "
+            "nothing but lines such as epochs = 10."
+        ) from None
 
 
 def notebook_path(name: str) -> Path:
@@ -143,7 +165,7 @@ def run_all(settings: list[str], given: dict) -> int:
     What is recorded is kept, a notebook that fails is named and the others go on. Raises
     InputError for a bad parameter, before anything runs.
     """
-    tasks = [make_task(setting, given) for setting in dict.fromkeys(settings)]
+    tasks = without_doubles(make_task(setting, given) for setting in settings)
     clock = Clock(tasks, count_images(tasks))
     if given:
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -216,7 +238,7 @@ def execute(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The lock goes with its process, however that ends.
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             return _execute_locked(notebook, given, folder)
     except Timeout:
         return f"Another process is running it in {folder}."
@@ -229,18 +251,7 @@ def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) 
     executed.unlink(missing_ok=True)
     os.environ[CODE_VARIABLE] = code_sha256(notebook)
     try:
-        # By its path: given as an object, papermill would put all of it into the copy's metadata.
-        nbformat.write(notebook, executing)
-        papermill.execute_notebook(
-            executing,
-            executing,
-            parameters=given,
-            progress_bar=False,
-            stdout_file=_EpochLines(),
-            coalesce_streams=True,
-            # Not that it runs over TCP, nor that it was interrupted as it ended.
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
+        _execute_by_papermill(notebook, given, executing)
     except Exception as error:  # an error in a cell, a dead kernel, a full disk, ...
         if not executing.exists():
             return f"{first_line(error)}."
@@ -251,6 +262,31 @@ def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) 
     executing.replace(executed)
     failed.unlink(missing_ok=True)
     return None
+
+
+def _execute_by_papermill(notebook: nbformat.NotebookNode, given: dict, path: Path) -> None:
+    """Write and execute a notebook; start its kernel again if that dies as it starts.
+
+    A kernel is told its ports before it takes them, so that another process may be quicker.
+    """
+    for start in range(1, STARTS + 1):
+        # By its path: given as an object, papermill would put all of it into the copy's metadata.
+        nbformat.write(notebook, path)
+        try:
+            papermill.execute_notebook(
+                path,
+                path,
+                parameters=given,
+                progress_bar=False,
+                stdout_file=_EpochLines(),
+                coalesce_streams=True,
+                # Not that it runs over TCP, nor that it was interrupted as it ended.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            )
+            return
+        except RuntimeError as error:
+            if start == STARTS or "died before replying to kernel_info" not in str(error):
+                raise
 
 
 def first_line(error: Exception) -> str:

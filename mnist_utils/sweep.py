@@ -27,15 +27,18 @@ from distributed import Client, Future, Worker, as_completed, get_worker
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
+from filelock import FileLock, Timeout
 
 from mnist_utils.headless import (
     EXECUTED,
     FAILED,
+    LOCK,
     Task,
     count_images,
     execute,
     first_line,
     make_task,
+    without_doubles,
 )
 from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
 from mnist_utils.plotting import format_seconds
@@ -72,11 +75,10 @@ def make_tasks(settings: list[str], seeds: Iterable[int], values: dict[str, list
         )
     combinations = itertools.product(*values.values())
     given = [dict(zip(values, combination, strict=True)) for combination in combinations]
-    tasks = [
+    return without_doubles(
         make_task(setting, {**parameters, "seed": seed})
         for setting, parameters, seed in itertools.product(settings, given, seeds)
-    ]
-    return list({task.folder: task for task in tasks}.values())
+    )
 
 
 def run_on_worker(
@@ -121,6 +123,14 @@ def python_path() -> str:
 def write_outcome(task: Task, outcome: Outcome) -> str | None:
     """Write a run's files, the record last; return what is wrong with the run, if anything."""
     task.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(task.folder / LOCK, timeout=0):
+            return _write_locked(task, outcome)
+    except Timeout:
+        return f"Another process is running it in {task.folder}."
+
+
+def _write_locked(task: Task, outcome: Outcome) -> str | None:
     for name in sorted(outcome.files, key=lambda name: name == RECORD_FILE):
         write_whole(task.folder / name, outcome.files[name])
     if outcome.problem:

@@ -14,12 +14,12 @@ import nbformat
 import papermill
 import psutil
 import pytest
-from conftest import NOTEBOOKS, ROOT, SMALL, python, write_npz
+from conftest import NOTEBOOKS, ROOT, SMALL, output_text, python, write_npz
 from filelock import FileLock
 
 from mnist_utils.__main__ import main
 from mnist_utils.comparison import reference_runs
-from mnist_utils.headless import Clock, execute, make_task
+from mnist_utils.headless import Clock, execute, make_task, read_defaults, run_all
 from mnist_utils.parameters import SETTINGS, InputError
 from mnist_utils.plotting import format_seconds
 from mnist_utils.runs import load_runs
@@ -217,11 +217,70 @@ def test_a_parameter_that_contradicts_the_setting_is_refused():
         make_task("c7", {"first_kernel_size": 3})
 
 
-def test_values_of_another_setting_make_a_task_that_one():
-    assert make_task("d-speed", {"budget": "accuracy"}).setting == "d-accuracy"
-    assert make_task("c", {"first_kernel_size": 7}).setting == "c7"
-    assert make_task("c", {"first_kernel_size": 3}).setting == "c"
-    assert make_task("a1", {"seed": 7}).setting == "a1"
+def test_values_of_another_setting_make_a_task_that_one(tmp_path):
+    def setting(name, **given):
+        return make_task(name, given | {"results_dir": str(tmp_path)}).setting
+
+    assert setting("d-speed", budget="accuracy") == "d-accuracy"
+    assert setting("c", first_kernel_size=7) == "c7"
+    assert setting("c", first_kernel_size=3) == "c"
+    assert setting("a1", seed=7) == "a1"
+
+
+def test_settings_that_the_parameters_make_one_are_run_once(
+    small_mnist, tmp_path, monkeypatch, capsys
+):
+    ran = []
+    monkeypatch.setattr("mnist_utils.headless.execute", lambda *_: ran.append(1) or "Not run.")
+    given = {"first_kernel_size": 7, "batch_size": 64, "dataset": str(small_mnist)}
+    assert run_all(["c", "c7", "c"], given | {"results_dir": str(tmp_path)}) == 1
+    assert len(ran) == 2  # the comparison is the other
+    assert capsys.readouterr().err == "2 failed: c7, 6_comparison\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("train_samples = 5000  # = 500 of each digit", 5000),
+        ('dataset = "a#1.npz"', "a#1.npz"),
+        ("train_samples = 60_000 // 10", None),
+        ("train_samples =", None),
+        ("epochs += 1", None),
+    ],
+)
+def test_an_edited_parameters_cell_is_read_as_python_or_refused(line, found, tmp_path):
+    notebook = nbformat.read(NOTEBOOKS / "2_model_a2.ipynb", 4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    cell.source += f"\n{line}"
+    path = tmp_path / "2_model_a2.ipynb"
+    nbformat.write(notebook, path)
+    if found is None:
+        with pytest.raises(InputError, match=r"^2_model_a2\.ipynb has a parameters cell that"):
+            read_defaults(path)
+    else:
+        assert read_defaults(path)[1][line.split(" =")[0]] == found
+
+
+def test_a_kernel_that_dies_as_it_starts_is_started_again(small_mnist, tmp_path, monkeypatch):
+    # As it does when another process takes the port that it was told.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, sys\n"
+        "starts = pathlib.Path(__file__).with_name('starts')\n"
+        "if 'ipykernel_launcher' in sys.orig_argv:\n"
+        "    with starts.open('a') as file:\n"
+        "        file.write('.')\n"
+        "    if starts.stat().st_size < int(os.environ['LIVES_AT']):\n"
+        "        os._exit(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('ran')")])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "", "language": "python"}
+    monkeypatch.setenv("LIVES_AT", "3")
+    assert execute(notebook, {}, tmp_path / "third") is None
+    assert output_text(nbformat.read(tmp_path / "third/executed.ipynb", 4)) == "ran\n"
+    monkeypatch.setenv("LIVES_AT", "7")
+    assert "Kernel died before replying" in execute(notebook, {}, tmp_path / "never")
+    assert (tmp_path / "starts").read_text() == 6 * "."
 
 
 def test_make_hands_its_variables_to_the_command_line():

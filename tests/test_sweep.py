@@ -17,12 +17,14 @@ import psutil
 import pytest
 from conftest import ROOT, output_text, python
 from distributed.scheduler import KilledWorker
+from filelock import FileLock
 
 from mnist_utils.__main__ import main
-from mnist_utils.headless import Task
+from mnist_utils.headless import LOCK, Task
 from mnist_utils.parameters import InputError, check_parameters
 from mnist_utils.runs import load_runs
 from mnist_utils.sweep import (
+    Outcome,
     _write_future,
     check_workers,
     difference,
@@ -32,6 +34,7 @@ from mnist_utils.sweep import (
     print_means,
     python_path,
     run_sweep,
+    write_outcome,
 )
 
 # Saves a record as a model notebook does, but of a run that took no time.
@@ -227,7 +230,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_recorded(stand_ins, tmp_pa
     assert not tasks[1].finished_run()
     # Mended and run again, it leaves nothing of the failure.
     assert run_sweep(stand_ins(3)) == []
-    assert sorted(path.name for path in tasks[1].folder.iterdir()) == [
+    assert sorted(path.name for path in tasks[1].folder.glob("[!.]*")) == [
         "executed.ipynb",
         "metrics.json",
         "predictions.npz",
@@ -339,7 +342,7 @@ def test_a_worker_that_joins_late_gets_its_share(cluster, stand_ins, tmp_path, m
         took_part.append("late")
 
     Thread(target=join_late, daemon=True).start()
-    assert run_sweep(stand_ins(12, seconds=1), address) == []
+    assert run_sweep(stand_ins(12, seconds=3), address) == []
     assert took_part
     assert seeds(tmp_path / "runs") == list(range(12))
 
@@ -375,6 +378,14 @@ def test_a_data_set_outlives_the_only_worker_that_has_it(cluster, stand_ins, sma
     assert run_sweep(stand_ins(3, seconds=1, dataset=str(small_mnist)), address) == []
     assert processes[1].wait(timeout=10) == -signal.SIGKILL
     assert seeds(tmp_path / "runs") == [0, 1, 2]
+
+
+def test_a_run_that_another_process_is_running_is_left_alone(stand_ins):
+    (task,) = stand_ins(1)
+    with FileLock(task.folder / LOCK):
+        problem = write_outcome(task, Outcome({"metrics.json": b"{}"}, None))
+    assert problem == f"Another process is running it in {task.folder}."
+    assert not (task.folder / "metrics.json").exists()
 
 
 def test_a_worker_that_dies_again_and_again_is_said_in_a_sentence():
