@@ -211,8 +211,12 @@ def _two_sided(counts: list[tuple[int, int]]) -> float:
     """
     first, second = np.sum(counts, axis=0)
     better = 0 if first >= second else 1
-    tests = [stats.binomtest(pair[better], sum(pair), alternative="greater") for pair in counts]
-    return min(1.0, 2 * _middle([test.pvalue for test in tests]))
+    p_values = [
+        # Two that are right on the same images say nothing.
+        stats.binomtest(pair[better], sum(pair), alternative="greater").pvalue if any(pair) else 1.0
+        for pair in counts
+    ]
+    return min(1.0, 2 * _middle(p_values))
 
 
 def _middle(p_values: list[float]) -> float:

@@ -174,6 +174,11 @@ def test_the_image_tests_of_several_seeds_are_put_together_by_the_middle_one(sta
     assert difference_matrix(groups, {}, image_p).rows[1][1] == "CNN A.2, p = 0.012"
 
 
+def test_two_models_that_are_right_on_the_same_images_are_not_told_apart(stand_in):
+    groups = over_seeds([stand_in("a1", 0, range(10)), stand_in("a2", 0, range(10))])
+    assert image_tests(groups) == {("a1", "a2"): 1.0}
+
+
 def test_seeds_that_contradict_each_other_show_no_better_model(stand_in):
     a1 = [stand_in("a1", seed, range(count)) for seed, count in enumerate([0, 40])]
     a2 = [stand_in("a2", seed, range(count)) for seed, count in enumerate([30, 0])]
