@@ -7,7 +7,8 @@ Every measurement has a process of its own; most are one epoch, D's are whole ru
 model is trained in each way, one after the other, so that a change of the machine's pace touches
 all alike; ratios are taken within a round, and their median is shown. measurements.json keeps
 machines apart, and the versions of what they ran; models measured anew take the place of their
-older measurements on the same machine with the same versions, or with --add come after them.
+older measurements on the same machine with the same versions, or with --add come after them. Each
+round is kept as soon as it is whole.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from mnist_utils.comparison import reference_folder, reference_runs  # noqa: E40
 from mnist_utils.data import load_mnist  # noqa: E402
 from mnist_utils.parameters import SETTINGS  # noqa: E402
 from mnist_utils.plotting import STYLE  # noqa: E402
-from mnist_utils.runs import load_runs, processor  # noqa: E402
+from mnist_utils.runs import load_runs, processor, write_whole  # noqa: E402
 from mnist_utils.sweep import ONE_THREAD  # noqa: E402
 
 MODELS = ("a2", "a1", "c", "b")  # quickest first
@@ -89,7 +90,7 @@ def measure(models: list[str], rounds: int, add: bool = False) -> None:
     everything.append(here)
 
     def keep() -> None:
-        MEASUREMENTS.write_text(json.dumps(everything, indent=1) + "\n")
+        write_whole(MEASUREMENTS, (json.dumps(everything, indent=1) + "\n").encode())
 
     precisions = ["float32"]
     if "bfloat16" in machine["processor"]:
@@ -99,60 +100,54 @@ def measure(models: list[str], rounds: int, add: bool = False) -> None:
             ("budgets", measure_budget) if model in BUDGETS else ("rounds", measure_model)
         )
         kept = here[kind].get(model, []) if add else []
-        numbers = range(len(kept), len(kept) + rounds)
-        here[kind][model] = kept + measure_one(model, numbers, precisions)
-        keep()
+        for number in range(len(kept), len(kept) + rounds):
+            kept = [*kept, measure_one(model, number, precisions)]
+            here[kind][model] = kept
+            keep()
     if "a1" in models:
-        here["around"] = (here["around"] if add else []) + measure_around(rounds)
-        keep()
+        kept = here["around"] if add else []
+        for _ in range(rounds):
+            kept = [*kept, measure_around()]
+            here["around"] = kept
+            keep()
 
 
-def measure_model(model: str, numbers: range, precisions: list[str]) -> list[dict]:
-    """Measure a model in all ways, in rounds of these numbers."""
-    done = []
+def measure_model(model: str, number: int, precisions: list[str]) -> dict:
+    """Measure a model in all ways, in the round of this number."""
     ways = ["original", *precisions, "pytorch", *([SWEEP] if model in SWEPT else [])]
-    for number in numbers:
-        row = {"gemm": {precision: run_one("gemm", precision) for precision in precisions}}
-        # Every other round goes the other way round.
-        for way in ways[:: -1 if number % 2 else 1]:
-            row[way] = run_side_by_side(model) if way == SWEEP else run_one(model, way)
-            seconds = row[way]["seconds"]
-            print(f"{model}, round {number + 1}, {way}: {seconds:.1f} s", flush=True)
-        done.append(row)
-    return done
+    row = {"gemm": {precision: run_one("gemm", precision) for precision in precisions}}
+    # Every other round goes the other way round.
+    for way in ways[:: -1 if number % 2 else 1]:
+        row[way] = run_side_by_side(model) if way == SWEEP else run_one(model, way)
+        print(f"{model}, round {number + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
+    return row
 
 
-def measure_budget(setting: str, numbers: range, precisions: list[str]) -> list[dict]:
-    """Measure a budget's whole runs, and between them an epoch of the model it is measured by.
+def measure_budget(setting: str, seed: int, precisions: list[str]) -> dict:
+    """Measure a budget's whole run, and beside it an epoch of the model it is measured by.
 
-    A run is an ordinary one, its seed the round's number, and stays in runs/.
+    The run is an ordinary one, its seed the round's number, and stays in runs/.
     """
     model, own = BUDGETS[setting]
     ways = [model, *(precision for precision in precisions if precision in own), "batches"]
-    done = []
-    for seed in numbers:
-        row = {}
-        for way in ways[:: -1 if seed % 2 else 1]:
-            if way == model:
-                row[way] = run_one(way, "float32")
-            elif way == "batches":
-                row[way] = run_one(setting, way)
-            else:
-                row[way] = run_one(setting, way, str(seed))
-            print(f"{setting}, round {seed + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
-        done.append(row)
-    return done
+    row = {}
+    for way in ways[:: -1 if seed % 2 else 1]:
+        if way == model:
+            row[way] = run_one(way, "float32")
+        elif way == "batches":
+            row[way] = run_one(setting, way)
+        else:
+            row[way] = run_one(setting, way, str(seed))
+        print(f"{setting}, round {seed + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
+    return row
 
 
-def measure_around(rounds: int) -> list[dict]:
+def measure_around() -> dict:
     """Measure what A.1's notebook takes over the bare loop, and the comparison as a whole."""
-    done = []
-    for _ in range(rounds):
-        row = {f"a1 {way}": run_one("a1", way) for way in ("whole", "bare")}
-        row["comparison"] = run_one("comparison", "opened")
-        done.append(row)
-        print(*(f"{name}: {one['seconds']:.1f} s" for name, one in row.items()), flush=True)
-    return done
+    row = {f"a1 {way}": run_one("a1", way) for way in ("whole", "bare")}
+    row["comparison"] = run_one("comparison", "opened")
+    print(*(f"{name}: {one['seconds']:.1f} s" for name, one in row.items()), flush=True)
+    return row
 
 
 def describe_machine() -> dict[str, str | int]:

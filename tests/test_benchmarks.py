@@ -152,21 +152,31 @@ def test_measuring_keeps_other_machines_and_other_models(benchmark, tmp_path, mo
     ]
     monkeypatch.setattr(measure, "MEASUREMENTS", tmp_path / "measurements.json")
     measure.MEASUREMENTS.write_text(json.dumps(known))
-    monkeypatch.setattr(
-        measure, "measure_model", lambda model, numbers, _: [f"{model} {n}" for n in numbers]
-    )
+    monkeypatch.setattr(measure, "measure_model", lambda model, number, _: f"{model} {number}")
     measure.measure(["a2"], 1)
     after = json.loads(measure.MEASUREMENTS.read_text())
     assert sorted(map(str, after)) == sorted(
         map(str, [*known[1:], known[0] | {"rounds": {"a1": ["old"], "a2": ["a2 0"]}}])
     )
-    monkeypatch.setattr(measure, "measure_around", lambda _: ["new"])
+    monkeypatch.setattr(measure, "measure_around", lambda: "new")
     measure.measure(["a2"], 1)  # in the older round's place
     measure.measure(["a1"], 2, add=True)
     after = json.loads(measure.MEASUREMENTS.read_text())
     (mine,) = (one for one in after if one["machine"] == here)
     assert mine["rounds"] == {"a1": ["old", "a1 1", "a1 2"], "a2": ["a2 0"]}
-    assert mine["around"] == ["old", "new"]
+    assert mine["around"] == ["old", "new", "new"]
+
+    def interrupted(model, number, _):
+        if number == 2:
+            raise KeyboardInterrupt
+        return number
+
+    monkeypatch.setattr(measure, "measure_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(["c"], 3)
+    after = json.loads(measure.MEASUREMENTS.read_text())
+    (mine,) = (one for one in after if one["machine"] == here)
+    assert mine["rounds"]["c"] == [0, 1]
 
 
 def test_the_page_on_many_runs_follows_from_the_reference_runs(benchmark):
