@@ -177,7 +177,7 @@ def needs_table(last: dict) -> str:
     return markdown(rows) + (
         f"\n\nA run takes {minutes:.0f} core-minutes in the mean over the settings, by the "
         f"reference runs, and {last['sweep_ms']:.0f} ms to be handed out and written, by the last "
-        f"row above. So one client with one scheduler keeps about {round(busy, -4):,.0f} cores "
+        f"row above. So one client with one scheduler keeps about {round(busy, -3):,.0f} cores "
         f"busy. No sweep is shorter than its longest run, {longest:.0f} core-minutes."
     )
 
