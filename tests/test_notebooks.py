@@ -3,6 +3,7 @@
 import re
 import subprocess
 
+import matplotlib
 import nbformat
 import numpy as np
 import pytest
@@ -296,6 +297,7 @@ def test_the_loss_plot_works_in_a_plain_script_without_a_display(tmp_path):
         "plot.figure.savefig('plot.png')\n"
     )
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    environment["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # or it may say that it looks for fonts
     done = subprocess.run(
         python(script), cwd=tmp_path, env=environment, capture_output=True, text=True
     )

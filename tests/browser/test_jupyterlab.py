@@ -60,14 +60,16 @@ def project(small_mnist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(project, tmp_path_factory):
-    """The address of a JupyterLab server over the copy."""
+    """The address of a JupyterLab server over the copy, started as make jupyter does."""
     home = tmp_path_factory.mktemp("home")
+    make = subprocess.run(["make", "-n", "jupyter"], cwd=ROOT, capture_output=True, text=True)
     process = subprocess.Popen(
         python(
-            *("-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"),
+            *("-m", "jupyterlab", *make.stdout.split("/jupyter lab")[1].split()),
+            *("--no-browser", "--allow-root", "--expose-app-in-browser"),
             *("--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=test"),
-            f"--ServerApp.root_dir={project}",
         ),
+        cwd=project,
         env=os.environ
         | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home)},
         stdout=subprocess.DEVNULL,
@@ -228,6 +230,12 @@ def test_the_loss_is_drawn_in_place_while_the_model_trains(name, page, server, p
     assert [run for run in runs if name.endswith(f"_{run.record.model}")]
     figures = [i for i, cell in enumerate(outputs) if "image/png" in json.dumps(cell)]
     take_pictures(page, name, [0, *figures])
+
+
+def test_make_jupyter_opens_at_the_notebooks_and_links_lead_out_of_their_folder(page, server):
+    page.goto(f"{server}?token=test")
+    page.locator(".jp-DirListing-item", has_text="1_model_a1.ipynb").wait_for()
+    urllib.request.urlopen(f"{server}api/contents/results/accuracy_and_time.png?token=test").close()
 
 
 def test_the_comparison_shows_tables_and_figures(page, server, project):
