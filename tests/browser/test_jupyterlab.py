@@ -65,7 +65,7 @@ def server(project, tmp_path_factory):
     make = subprocess.run(["make", "-n", "jupyter"], cwd=ROOT, capture_output=True, text=True)
     process = subprocess.Popen(
         python(
-            *("-m", "jupyterlab", *make.stdout.split("/jupyter lab")[1].split()),
+            *("-m", "jupyterlab", *re.search("/jupyter lab (.*)", make.stdout)[1].split()),
             *("--no-browser", "--allow-root", "--expose-app-in-browser"),
             *("--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=test"),
         ),
