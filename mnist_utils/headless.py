@@ -79,7 +79,7 @@ def make_task(setting: str, given: dict) -> Task:
         raise InputError(f"models has {setting!r}; it must be some of {', '.join(SETTINGS)}.")
     name, _, own, _ = SETTINGS[setting]
     path = notebook_path(name)
-    notebook, defaults = _read_once(path, path.stat().st_mtime_ns)
+    notebook, defaults = read_defaults(path, path.stat().st_mtime_ns)
     for key, value in given.items():
         if key not in defaults:
             raise InputError(f"{key} is not a parameter of {name}; it has {', '.join(defaults)}.")
@@ -101,19 +101,12 @@ def without_doubles(tasks: Iterable[Task]) -> list[Task]:
 
 
 @lru_cache
-def _read_once(path: Path, modified: int) -> tuple[nbformat.NotebookNode, dict]:
-    """Return what read_defaults does; a thousand tasks share one copy.
+def read_defaults(path: Path, modified: int) -> tuple[nbformat.NotebookNode, dict]:
+    """Return a notebook and its parameters' defaults; a thousand tasks share one copy.
 
     ``modified`` is the file's time in nanoseconds: a notebook that was edited is read again.
-    """
-    return read_defaults(path)
-
-
-def read_defaults(path: Path) -> tuple[nbformat.NotebookNode, dict]:
-    """Return a notebook and its parameters' defaults.
-
-    Not by papermill's inspect_notebook, which passes over lines that it does not understand.
-    Raises InputError for a parameters cell that holds anything but assignments of values.
+    Papermill's inspect_notebook would pass over lines that it does not understand. Raises
+    InputError for a parameters cell that holds anything but assignments of values.
     """
     notebook = read_notebook(path)
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

@@ -256,12 +256,12 @@ def test_an_edited_parameters_cell_is_read_as_python_or_refused(line, found, tmp
     nbformat.write(notebook, path)
     if found is None:
         with pytest.raises(InputError, match=r"^2_model_a2\.ipynb has a parameters cell that"):
-            read_defaults(path)
+            read_defaults(path, 0)
     else:
-        assert read_defaults(path)[1][line.split(" =")[0]] == found
+        assert read_defaults(path, 0)[1][line.split(" =")[0]] == found
 
 
-def test_a_kernel_that_dies_as_it_starts_is_started_again(small_mnist, tmp_path, monkeypatch):
+def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch):
     # As it does when another process takes the port that it was told.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib, sys\n"
