@@ -2,86 +2,113 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
+# By content and place, so that a touched file wants no registry, and a renamed checkout works.
+INSTALLED := $(VENV)/installed-$(shell cksum < requirements.txt | tr -d ' ')
+LINKED := $(VENV)/linked-$(shell pwd | cksum | tr -d ' ')
+PIP := PIP_USER=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-PARAMETERS = $(if $(EPOCHS),-p 'epochs=$(EPOCHS)') \
-	$(if $(BATCH_SIZE),-p 'batch_size=$(BATCH_SIZE)') \
-	$(if $(SEED),-p 'seed=$(SEED)') \
-	$(if $(TRAIN_SAMPLES),-p 'train_samples=$(TRAIN_SAMPLES)') \
-	$(if $(PRECISION),-p 'precision=$(PRECISION)') \
-	$(if $(DATASET),-p 'dataset=$(DATASET)') \
-	$(if $(RESULTS_DIR),--results-dir '$(RESULTS_DIR)')
+# A variable as the user typed it, as one word of the shell's, whatever is in it.
+quoted = '$(subst ','\'',$(value $(1)))'
+parameter = $(if $(value $(1)),-p $(2)=$(call quoted,$(1)))
+option = $(if $(value $(1)),$(2) $(call quoted,$(1)))
+PARAMETERS = $(call parameter,EPOCHS,epochs) $(call parameter,BATCH_SIZE,batch_size) \
+	$(call parameter,TRAIN_SAMPLES,train_samples) $(call parameter,DATASET,dataset) \
+	$(call parameter,PRECISION,precision) $(call parameter,KEEP_MODEL,keep_model) \
+	$(call option,SEEDS,--seeds) $(call option,RESULTS_DIR,--results-dir) \
+	$(call option,SCHEDULER,--scheduler) $(call option,WORKERS,--workers)
+NBVAL := $(BIN)/python -m pytest -q -p no:cacheprovider -p no:randomly --nbval --nbval-cell-timeout=14400
 
-.PHONY: help setup run sweep quick jupyter test test-browser bench bench-sweep lint html links lock clean
+.PHONY: help setup run quick jupyter validate test test-browser lint types bench html picture links \
+	lock clean
 
 help:
-	@echo 'make run      train every model by papermill, then compare them (some 120 minutes)'
-	@echo '              also: EPOCHS= BATCH_SIZE= SEED= TRAIN_SAMPLES= PRECISION= DATASET='
-	@echo '              RESULTS_DIR= MODELS="a1 a2 b c c7 d-speed d-accuracy"'
-	@echo 'make quick    the same on 1,000 images and 2 epochs (under 5 minutes)'
-	@echo 'make sweep    SEEDS=0-4 MODELS="a1 a2": many runs on Dask; SCHEDULER= for a cluster'
-	@echo 'make jupyter  open the notebooks in JupyterLab'
+	@echo 'make run      train every model by papermill, then compare them'
+	@echo '              also: MODELS="a1 a2 b c c7 d e" SEEDS=0-4 EPOCHS= BATCH_SIZE= TRAIN_SAMPLES='
+	@echo '              DATASET= PRECISION= KEEP_MODEL= RESULTS_DIR= SCHEDULER= WORKERS='
+	@echo 'make quick    the same on a tenth of the images (under 5 minutes)'
+	@echo 'make jupyter  open the notebooks in JupyterLab; JUPYTER_OPTIONS= for a server'
+	@echo 'make validate run the notebooks by papermill, small, and check them by nbval'
 	@echo 'make test     run the tests'
 	@echo 'make test-browser  try the notebooks in JupyterLab, in Chromium'
-	@echo 'make bench    measure speed beside other code (two to five hours); MODELS="a2 a1" ROUNDS=3'
-	@echo 'make bench-sweep  measure what a run costs a sweep'
+	@echo 'make bench    measure speed beside other code; MODELS="a2 a1" ROUNDS=2'
 	@echo 'make html     write the notebooks as a static site, in site/'
+	@echo 'make picture  make the moving picture of the README from a training'
 	@echo 'make links    REPO=owner/name: set the public name that badges lead to'
-	@echo 'make lint     check style and format'
+	@echo 'make lint     check style and format; make types checks the type hints'
+	@echo 'make lock     pin the versions anew, in requirements.txt'
 	@echo 'make clean    remove .venv'
 
-setup: $(INSTALLED)
+setup: $(LINKED)
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, for TensorFlow; name one with PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --requirement requirements.txt
+	@rm -f $(VENV)/installed-* $(VENV)/linked-*
 	@touch $@
 
-run: $(INSTALLED)
+$(LINKED): $(INSTALLED)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/linked-*
+	@touch $@
+
+run: setup
 	@$(BIN)/python -m mnist_utils run $(if $(MODELS),--models $(MODELS)) $(PARAMETERS)
 
-sweep: $(INSTALLED)
-	@$(BIN)/python -m mnist_utils sweep $(if $(MODELS),--models $(MODELS)) \
-		$(if $(SEEDS),--seeds '$(SEEDS)') $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(PARAMETERS)
-
-quick: EPOCHS := 2
-quick: TRAIN_SAMPLES := 1000
+quick: EPOCHS = 2
+quick: BATCH_SIZE = 64
+quick: DATASET = mnist-small
 quick: run
 
-jupyter: $(INSTALLED)
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
+jupyter: setup
+	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(JUPYTER_OPTIONS)
 
-test: $(INSTALLED)
+# As a user's own CI would: papermill with small parameters, nbval over what came out, and
+# strictly over the comparison, of the reference runs alone.
+SMALL := -p epochs 1 -p batch_size 64 -p dataset mnist-small -p train_samples 640
+validate: setup
+	rm -rf runs/validate && mkdir -p runs/validate/none
+	for path in notebooks/[1-6]_*.ipynb; do \
+		$(BIN)/python -m papermill --log-level WARNING --no-progress-bar $(SMALL) \
+			-p results_dir '$(CURDIR)/runs/validate/runs' $$path runs/validate/$${path##*/} || exit 1; \
+	done
+	$(BIN)/python -m papermill --log-level WARNING --no-progress-bar notebooks/7_your_digits.ipynb \
+		runs/validate/7_your_digits.ipynb
+	$(NBVAL) --nbval-sanitize-with tests/nbval_sanitize.cfg runs/validate/*.ipynb
+	MNIST_UTILS_RESULTS=runs/validate/none $(NBVAL) notebooks/8_comparison.ipynb
+
+test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-browser: $(INSTALLED)
+test-browser: setup
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } || \
 		{ echo 'Chromium is needed: install it, on Debian with: apt-get install chromium' >&2; exit 1; }
 	$(BIN)/python -m pytest -m browser tests/browser
 
-bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: setup
+	$(BIN)/python -m mypy mnist_utils tools benchmarks
+
+bench: setup
+	$(PIP) --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/measure.py $(if $(MODELS),--models $(MODELS)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
-bench-sweep: $(INSTALLED)
-	$(BIN)/python benchmarks/many_runs.py
-
-lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-html: $(INSTALLED)
+html: setup
 	$(BIN)/python tools/write_html.py
 
+picture: setup
+	$(BIN)/python tools/moving_picture.py
+
 links:
-	@$(PYTHON) tools/links.py '$(REPO)'
+	@$(PYTHON) tools/links.py $(call quoted,REPO)
 
 # Pins what pyproject.toml allows, for every Python that it allows; needs uv.
 lock:
-	uv pip compile --universal --python-version 3.10 --extra dev --extra sweep --no-annotate --no-header \
+	uv pip compile --universal --python-version 3.10 --extra dev --no-annotate --no-header \
 		--output-file requirements.txt pyproject.toml
 
 clean:

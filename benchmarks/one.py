@@ -1,11 +1,8 @@
-"""Measure one thing in a process of its own, and print it as JSON: mostly a model's epoch.
+"""Measure one thing in a process of its own, and print it as JSON.
 
-Usage: python benchmarks/one.py a2 original|float32|mixed_bfloat16|pytorch [IMAGES]
+Usage: python benchmarks/one.py SETTING float32|mixed_bfloat16|original|pytorch [IMAGES]
        python benchmarks/one.py gemm float32|mixed_bfloat16
-       python benchmarks/one.py a1 whole|bare
-       python benchmarks/one.py d-speed|d-accuracy float32|mixed_bfloat16 SEED
-       python benchmarks/one.py d-speed|d-accuracy batches
-       python benchmarks/one.py comparison opened
+       python benchmarks/one.py 1_model_a1|8_comparison around
 """
 
 import contextlib
@@ -16,25 +13,28 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
+import nbformat
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mnist_utils.data import load_mnist  # noqa: E402 - without TensorFlow
+from mnist_utils.parameters import SETTINGS  # noqa: E402
+
 GEMM_SIZE = 4096
-SHORT = 1000  # training images where the time around the training is measured
+WHOLE = ("d", "e")  # trained whole: their learning rate follows from the number of epochs
 
 
 def load_data(images: int | None):
-    from mnist_utils.data import load_mnist
-
     (x_train, y_train), (x_test, y_test) = load_mnist()
     return (x_train[:images], y_train[:images]), (x_test, y_test)
 
 
-def timed_fit(run) -> float:
+def timed_fit(run: Callable[[], Any]) -> float:
     """Return the seconds of the one ``fit`` that ``run()`` calls, after a few steps to warm up."""
     import keras
 
@@ -57,131 +57,87 @@ def timed_fit(run) -> float:
         return history
 
     keras.Model.fit = warm_and_timed
-    with contextlib.redirect_stdout(io.StringIO()):
-        run()
+    run()
     (only,) = seconds
     return only
 
 
-def train_original(name: str, images: int | None) -> float:
+def train_original(name: str, images: int | None) -> dict:
     import original  # never mnist_utils.training: it has TensorFlow use other kernels
 
-    return timed_fit(lambda: original.train(name, load_data(images)))
+    return {"seconds": timed_fit(lambda: original.train(name, load_data(images)))}
 
 
-def read_cells(name: str) -> list:
-    """Return the code cells of a model's notebook."""
-    from mnist_utils.headless import notebook_path, read_notebook
-    from mnist_utils.parameters import SETTINGS
+def train_pytorch(name: str, images: int | None) -> dict:
+    import plain_pytorch
 
-    cells = read_notebook(notebook_path(SETTINGS[name].notebook)).cells
-    return [cell for cell in cells if cell.cell_type == "code"]
+    return {"seconds": plain_pytorch.train(name, load_data(images))}
 
 
-def run_cells(name: str, last: str, **given) -> dict:
-    """Run the notebook's own cells up to the one that holds a text; return their variables.
+def train_notebook(name: str, precision: str, images: int | None) -> dict:
+    """Train for one epoch by the notebook's own cells; return its multiply-adds an image too."""
+    import mnist_utils.training  # noqa: F401 - before Keras, as in the notebook
+    from mnist_utils.runs import describe_architecture
 
-    ``given`` are parameters. Only these cells are run, so nothing is saved.
-    """
-    variables = {}
-    for cell in read_cells(name):
-        tags = cell.metadata.get("tags", [])
-        if "setup" in tags:
-            continue
-        exec(cell.source, variables)
-        if "parameters" in tags:
-            variables.update(given, results_dir=tempfile.mkdtemp())  # the notebook tries it
-        if last in cell.source:
-            return variables
+    given = {"epochs": 1, "precision": precision, "train_samples": images}
+    variables: dict[str, Any] = {}
+    seconds = timed_fit(lambda: variables.update(run_cells(name, "model.fit(", **given)))
+    return {"seconds": seconds, "macs": describe_architecture(variables["model"])["macs"]}
+
+
+def run_cells(name: str, last: str, **given) -> dict[str, Any]:
+    """Run a model notebook's code cells up to the one that has ``last``; return its variables."""
+    variables: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as results:  # the notebook tries whether it can write
+        given = {**SETTINGS[name].own, **given, "results_dir": results}
+        for cell in nbformat.read(notebook_path(SETTINGS[name].notebook), 4).cells:
+            tags = cell.metadata.get("tags", [])
+            if cell.cell_type != "code" or "setup" in tags:
+                continue
+            exec(cell.source, variables)
+            if "parameters" in tags:
+                variables.update(given)
+            if last in cell.source:
+                return variables
     raise ValueError(f"{name} has no cell with {last!r}")
 
 
-def train_notebook(name: str, precision: str, images: int | None) -> float:
-    """Train by the notebook's own cells, for one epoch in this precision."""
-    import mnist_utils.training  # noqa: F401 - before Keras, as in the notebook
-
-    given = {"epochs": 1, "precision": precision, "train_samples": images}
-    return timed_fit(lambda: run_cells(name, "model.fit(", **given))
+def notebook_path(notebook: str) -> Path:
+    return ROOT / "notebooks" / f"{notebook}.ipynb"
 
 
-def draw_batches(name: str) -> float:
-    """Return the seconds that an epoch's batches take to draw and distort, with no training."""
-    from mnist_utils.parameters import SETTINGS
+def run_by_papermill(notebook: str, **given) -> tuple[float, list[dict]]:
+    """Run a notebook in a kernel; return its seconds and the records that it left."""
+    import papermill
 
-    batches = run_cells(name, "train_batches = (", **SETTINGS[name].own)["train_batches"]
-    for _ in batches.take(2):
-        pass
-    began = time.perf_counter()
-    for _ in batches:
-        pass
-    return time.perf_counter() - began
-
-
-def run_whole(name: str) -> None:
-    """Run a model's notebook by papermill, as make run does, for ten short epochs."""
-    from mnist_utils.headless import execute, notebook_path, read_notebook
-    from mnist_utils.parameters import SETTINGS
-
-    given = {"results_dir": tempfile.mkdtemp(), "train_samples": SHORT}
-    notebook = read_notebook(notebook_path(SETTINGS[name].notebook))
-    problem = execute(notebook, given, Path(tempfile.mkdtemp()))
-    assert problem is None, problem
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**given, "results_dir": folder}
+        executed = os.path.join(folder, "executed.ipynb")
+        where = {"cwd": ROOT / "notebooks", "progress_bar": False}
+        began = time.perf_counter()
+        papermill.execute_notebook(notebook_path(notebook), executed, given, **where)
+        seconds = time.perf_counter() - began
+        return seconds, [json.loads(p.read_text()) for p in Path(folder).rglob("metrics.json")]
 
 
-def open_comparison() -> float:
-    """Return the seconds from the start of a kernel to the comparison's last cell, as in Jupyter.
-
-    The runs are those in results/ alone.
-    """
-    from nbclient import NotebookClient
-
-    from mnist_utils.headless import COMPARISON, notebook_path, read_notebook
-
-    notebook = read_notebook(notebook_path(COMPARISON))
-    (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    parameters.source = f"results_dir = {tempfile.mkdtemp()!r}"
-    where = {"metadata": {"path": str(ROOT / "notebooks")}}
-    began = time.perf_counter()
-    client = NotebookClient(notebook, resources=where, extra_arguments=["--log-level=ERROR"])
-    with client.setup_kernel():
-        for number, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, number)
-        return time.perf_counter() - began
+def train_whole(name: str, precision: str, images: int | None) -> dict:
+    """Run a notebook with all its epochs; return the seconds of one, with its share of the
+    evaluation, and their number."""
+    given = {"precision": precision, "train_samples": images}
+    _, (record,) = run_by_papermill(SETTINGS[name].notebook, **given)
+    whole = sum(record["seconds_per_epoch"]) + record["evaluation_seconds"]
+    epochs = record["run"]["epochs"]
+    return {"seconds": whole / epochs, "epochs": epochs}
 
 
-def run_budget(setting: str, precision: str, seed: int) -> dict:
-    """Run a budget of D's as make run does; return its seconds, evaluation included, and epochs."""
-    from mnist_utils.headless import execute, make_task
-
-    task = make_task(setting, {"precision": precision, "seed": seed})
-    problem = execute(task.notebook, task.given, task.folder)
-    assert problem is None, problem
-    record = task.finished_run().record
-    return {"seconds": record.total_seconds, "epochs": record.run.epochs}
+def run_around(notebook: str) -> dict:
+    """Return the seconds of a notebook, from its kernel's start, that are not its training."""
+    short = {} if notebook == "8_comparison" else {"train_samples": 1000}
+    seconds, records = run_by_papermill(notebook, **short)
+    return {"seconds": seconds - sum(sum(record["seconds_per_epoch"]) for record in records)}
 
 
-def run_bare(name: str) -> None:
-    """Do what a notebook must: load, build, train ten short epochs without a plot, evaluate."""
-    from mnist_utils.data import load_mnist
-    from mnist_utils.training import keras, make_batches, prepare_images, set_up
-
-    set_up(0, "float32")
-    (x_train, labels_train), (x_test, labels_test) = load_mnist("mnist", SHORT, 0)
-    y_train, y_test = (keras.utils.to_categorical(y, 10) for y in (labels_train, labels_test))
-    train_batches = make_batches(prepare_images(x_train), y_train, 256, shuffle_seed=0)
-    test_batches = make_batches(prepare_images(x_test), y_test, 256)
-    variables = {"x_train": prepare_images(x_train), "num_classes": 10}
-    (cell,) = (cell for cell in read_cells(name) if "model = Sequential" in cell.source)
-    exec(cell.source, variables)
-    model = variables["model"]
-    model.compile(
-        loss="categorical_crossentropy", optimizer=keras.optimizers.Adam(), metrics=["accuracy"]
-    )
-    model.fit(train_batches, epochs=10, validation_data=test_batches, shuffle=False, verbose=0)
-    model.evaluate(test_batches, verbose=0)
-
-
-def multiply(precision: str) -> float:
+def multiply(precision: str) -> dict:
     """Return the multiply-adds a second of a large matrix product: the machine's limit."""
     from mnist_utils.training import tf
 
@@ -191,38 +147,29 @@ def multiply(precision: str) -> float:
         began = time.perf_counter()
         tf.matmul(a, a).numpy()
         seconds.append(time.perf_counter() - began)
-    return GEMM_SIZE**3 / min(seconds)
+    return {"giga_macs_per_second": GEMM_SIZE**3 / min(seconds) / 1e9}
+
+
+def measure(name: str, way: str, images: int | None) -> dict:
+    if name == "gemm":
+        return multiply(way)
+    if way == "around":
+        return run_around(name)
+    if way == "original":
+        return train_original(name, images)
+    if way == "pytorch":
+        return train_pytorch(name, images)
+    return (train_whole if name in WHOLE else train_notebook)(name, way, images)
 
 
 def main(name: str, way: str, number: str | None = None) -> None:
     os.environ.setdefault("MPLBACKEND", "agg")
-    count = int(number) if number else None
-    if name == "gemm":
-        measured = {"macs_per_second": multiply(way)}
-    elif way == "original":
-        measured = {"seconds": train_original(name, count)}
-    elif way == "pytorch":
-        import plain_pytorch
-
-        measured = {"seconds": plain_pytorch.train(name, load_data(count))}
-    elif way in ("whole", "bare"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            (run_whole if way == "whole" else run_bare)(name)
-        measured = {"seconds": time.time() - psutil.Process().create_time()}
-    elif way == "batches":
-        with contextlib.redirect_stdout(io.StringIO()):
-            measured = {"seconds": draw_batches(name)}
-    elif name.startswith("d-"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            measured = run_budget(name, way, count)
-    elif way == "opened":
-        measured = {"seconds": open_comparison()}
-    else:
-        measured = {"seconds": train_notebook(name, way, count)}
-    # A notebook's kernel is a child process. Linux counts in KiB.
-    kernel = (name.startswith("d-") and way != "batches") or way in ("whole", "opened")
-    who = resource.RUSAGE_CHILDREN if kernel else resource.RUSAGE_SELF
-    measured["peak_megabytes"] = resource.getrusage(who).ru_maxrss * 1024 / 1e6
+    with contextlib.redirect_stdout(io.StringIO()):
+        measured = measure(name, way, int(number) if number else None)
+    # A kernel is a child process. Linux counts in KiB.
+    in_kernel = way == "around" or name in WHOLE
+    who = resource.RUSAGE_CHILDREN if in_kernel else resource.RUSAGE_SELF
+    measured["megabytes"] = resource.getrusage(who).ru_maxrss * 1024 / 1e6
     print(json.dumps(measured))
 
 

@@ -1,97 +1,98 @@
-"""The command line: ``python -m mnist_utils run`` and ``python -m mnist_utils sweep``."""
+"""The command line: ``python -m mnist_utils run``."""
 
 import argparse
+import re
+import signal
 import sys
+from typing import Any, NoReturn
 
-from mnist_utils.headless import SMALLEST_FIRST, run_all
-from mnist_utils.parameters import SETTINGS, InputError
+from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 1 when a notebook failed, 2 for bad input."""
     options = make_parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, interrupt)  # as schedulers send it
     try:
-        given = parse_parameters(options.parameters)
-        if options.results_dir is not None:
-            given["results_dir"] = [options.results_dir]
-        if options.command == "sweep":
-            return sweep(options, given)
-        for name, values in given.items():
-            if len(values) > 1:
-                raise InputError(f"{name} has {len(values)} values; run takes one, sweep several.")
-        return run_all(options.models, {name: value for name, (value,) in given.items()})
+        from mnist_utils.headless import make_tasks, run_all, say  # slow to import
+
+        values = parse_values(options)
+        tasks = make_tasks(options.models, values)
+        return run_all(tasks, options.results_dir, options.scheduler, options.workers)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. What is recorded is kept; the same command goes on from there.")
-        return 130
+    except KeyboardInterrupt as interruption:
+        say("\nInterrupted. What is recorded is kept; the same command goes on from there.")
+        return interruption.args[0] if interruption.args else 130
 
 
-def sweep(options, given: dict[str, list]) -> int:
-    # Dask is needed for sweeps alone.
-    from mnist_utils.sweep import make_tasks, parse_seeds, print_means, run_sweep
-
-    tasks = make_tasks(options.models, parse_seeds(options.seeds), given)
-    failed = {task.folder for task in run_sweep(tasks, options.scheduler)}
-    print_means([task for task in tasks if task.folder not in failed])
-    return 1 if failed else 0
+def interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt(128 + signum)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mnist_utils")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run the notebooks by papermill, then the comparison")
-    many = commands.add_parser("sweep", help="run models x seeds x parameter values on Dask")
-    for command in (run, many):
-        command.add_argument(
-            "--models",
-            nargs="+",
-            default=SMALLEST_FIRST,
-            metavar="MODEL",
-            help=f"some of {', '.join(SETTINGS)} (default: all, smallest first)",
-        )
-        command.add_argument(
-            "-p",
-            dest="parameters",
-            action="append",
-            default=[],
-            metavar="NAME=VALUE",
-            help="a parameter of the notebooks, such as epochs=2; may be given several times",
-        )
-        command.add_argument("--results-dir", help="where the runs are kept (default: runs/)")
-    many.add_argument("--seeds", default="0", help="such as 0-4 or 0,2,7-9 (default: 0)")
-    many.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="a running Dask scheduler, such as tcp://host:8786 (default: this machine's cores)",
-    )
+    add = commands.add_parser("run", help="run the notebooks, then the comparison").add_argument
+    models = f"some of {', '.join(SETTINGS)} (default: all)"
+    add("--models", nargs="+", default=list(SETTINGS), metavar="MODEL", help=models)
+    add("--seeds", default="", help="such as 0-4 or 0,2,7-9 (default: 0)")
+    values = "a parameter of the notebooks, such as epochs=2; given twice, both values are run"
+    add("-p", dest="values", action="append", default=[], metavar="NAME=VALUE", help=values)
+    add("--results-dir", metavar="FOLDER", help="where the runs are kept (default: runs/)")
+    scheduler = "of a running Dask scheduler, tcp://host:8786 (default: processes on this machine)"
+    add("--scheduler", metavar="ADDRESS", help=scheduler)
+    workers = "how many processes on this machine (default: one a core, but one on a GPU)"
+    add("--workers", type=int, metavar="N", help=workers)
     return parser
 
 
-def parse_parameters(texts: list[str]) -> dict[str, list]:
+def parse_values(options: argparse.Namespace) -> dict[str, list[Any]]:
     """Return the values of each parameter, in the order given: "batch_size=64" adds one."""
-    given = {}
-    for text in texts:
-        name, value = parse_parameter(text)
-        given.setdefault(name, []).append(value)
-    return given
+    values: dict[str, list[Any]] = {}
+    for text in options.values:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"-p is {text!r}; it must be NAME=VALUE, such as epochs=2.")
+        values.setdefault(name, []).append(parse_value(value))
+    if "results_dir" in values:
+        raise InputError("results_dir is given by --results-dir (make: RESULTS_DIR), as it is.")
+    if options.results_dir is not None:
+        values["results_dir"] = [options.results_dir]
+    if options.seeds and "seed" in values:
+        raise InputError("seed is given twice, by --seeds (make: SEEDS) and by -p.")
+    if options.seeds:
+        values["seed"] = parse_seeds(options.seeds)
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"workers is {options.workers}; it must be 1 or more.")
+    return values
 
 
-def parse_parameter(text: str) -> tuple[str, object]:
-    """Return the name and value of "name=value": None, true, false, a number or a text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise InputError(f"-p is {text!r}; it must be NAME=VALUE, such as epochs=2.")
+def parse_value(text: str) -> object:
+    """Return None, True, False, a number, or the text itself."""
     words = {"None": None, "True": True, "False": False, "true": True, "false": False}
-    if value in words:
-        return name, words[value]
+    if text in words:
+        return words[text]
     for number in (int, float):
         try:
-            return name, number(value)
+            return number(text)
         except ValueError:
             pass
-    return name, value
+    return text
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of "0-4" or "0,2,7-9"; raise InputError for anything else."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last <= MOST_SEED:
+            allowed = f"like 0-4 or 0,2,7-9, from 0 to {MOST_SEED}"
+            raise InputError(f"seeds is {text!r}; it must be {allowed}.")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 if __name__ == "__main__":

@@ -1,335 +1,609 @@
-"""Run notebooks by papermill, one process a notebook, and keep what is whole."""
+"""Run notebooks by papermill on Dask: models x seeds x values, on this machine or on any cluster.
+
+A notebook travels to a worker, which runs it in a folder of its own; the executed copy, the
+record, the predictions and the model travel back, and the client writes them. No file system is
+shared.
+"""
 
 import ast
+import asyncio
 import hashlib
+import itertools
+import json
+import logging
 import os
 import re
+import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from queue import Empty, SimpleQueue
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from uuid import uuid4
 
+import dask
 import nbformat
-import papermill
+from dask.system import CPU_COUNT
+from distributed import Client, Future, LocalCluster, Worker, get_worker
+from distributed.client import CancelledError
+from distributed.comm import CommClosedError
+from distributed.scheduler import KilledWorker
 from filelock import FileLock, Timeout
-from papermill.exceptions import PapermillExecutionError
 
-from mnist_utils.comparison import by_parameters, reference_folder, reference_runs
+from mnist_utils import parameters as names
+from mnist_utils import runs
 from mnist_utils.data import load_mnist
-from mnist_utils.parameters import (
-    SETTINGS,
-    InputError,
-    Parameters,
-    check_batch_size,
-    check_parameters,
-    project_folder,
-    results_folder,
-    trained_on,
-)
-from mnist_utils.plotting import format_seconds
-from mnist_utils.runs import CODE_VARIABLE, Run, load_run, load_runs
+from mnist_utils.parameters import SETTINGS, InputError
 
-# A model that is added later comes after these.
-SIZES = ["d-speed", "a2", "a1", "d-accuracy", "c", "c7", "b"]
-SMALLEST_FIRST = sorted(SETTINGS, key=[*SIZES, *SETTINGS].index)
-COMPARISON = "6_comparison"
+# About the seconds of an epoch. The smallest run first; a model that is added later, last.
+COSTS = {"d": 12, "a2": 14, "a1": 17, "e": 30, "c": 90, "c7": 100, "b": 250}
+COMPARISON = "8_comparison"
+EXECUTED, FAILED, LOCK = "executed.ipynb", "failed.ipynb", ".lock"
+LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a kernel that dies as it starts
-EXECUTED = "executed.ipynb"
-FAILED = "failed.ipynb"
-LOCK = ".lock"  # of a run's folder
+PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
+THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+LOOK = 2.0  # seconds between two looks for new workers, and for runs that others train
+
+Files = dict[str, bytes]  # by their names, or places
 
 
-@dataclass(frozen=True)
-class Task:
-    """One run that is wanted: a setting's notebook, as it is now, with checked parameters."""
+class Task(NamedTuple):
+    """One run that is wanted: a notebook, as it is now, with checked parameters."""
 
+    name: str  # with which its lines begin, such as "a2 seed 0"
     setting: str
     notebook: nbformat.NotebookNode
-    given: dict
-    parameters: Parameters
+    given: dict[str, Any]
+    parameters: names.Parameters
 
     @property
     def folder(self) -> Path:
-        return self.parameters.run_folder()
+        name = names.run_name(self.parameters.recorded(), by_hand=False)
+        return names.results_folder(self.parameters.results_dir) / self.parameters.model / name
 
-    def finished_run(self) -> Run | None:
-        """Return the run if it is recorded, by these code cells and with these parameters."""
-        code = code_sha256(self.notebook)
+    @property
+    def cost(self) -> float:
+        """About the seconds that it takes: 10 to start, and each epoch tries all test images."""
+        images = self.parameters.train_samples or names.EMBEDDED.get(self.parameters.dataset)
+        share = 0.05 + (images or 60_000) / 63_000
+        return 10 + COSTS.get(self.setting, 30) * self.parameters.epochs * share
+
+    def finished_run(self) -> runs.Record | None:
+        """Return the record, if there is one by these code cells and with these parameters."""
         try:
-            run = load_run(self.folder)
-            run.predictions()
+            record = runs.load_record(self.folder)
+            runs.read_predictions(self.folder)
             executed = nbformat.read(self.folder / EXECUTED, 4)
         except (InputError, OSError, ValueError):
             return None
-        if run.record.run.model_dump() != self.parameters.recorded():
-            return None
-        return run if run.record.code_sha256 == code == code_sha256(executed) else None
+        same = record.run.model_dump() == self.parameters.recorded()
+        codes = {runs.code_sha256(self.notebook), runs.code_sha256(executed), record.code_sha256}
+        return record if same and len(codes) == 1 else None
 
 
-def make_task(setting: str, given: dict) -> Task:
-    """Return the task of one setting, such as "c7", with the parameters ``given``.
+class UnfitWorker(Exception):
+    """Raised by a worker that must not run anything: its address, and what is wrong with it."""
+
+
+def make_tasks(settings: list[str], values: dict[str, list[Any]]) -> list[Task]:
+    """Return a task for each setting and combination of values, in the order of running.
+
+    Small models come first, and the first seed of each before the second of any. Where two would
+    make the same run there is one. Raises InputError for a bad parameter.
+    """
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise InputError(f"models has {unknown[0]!r}; it must be some of {', '.join(SETTINGS)}.")
+    notebooks = {setting: read_notebook(SETTINGS[setting].notebook) for setting in settings}
+    values = {"seed": values.get("seed", [0]), **values}
+    shown = [name for name in values if len(values[name]) > 1 and name != "seed"]
+    tasks = [
+        make_task(setting, notebooks[setting], dict(zip(values, chosen, strict=True)), shown)
+        for chosen in itertools.product(*values.values())
+        for setting in sorted(settings, key=[*COSTS, *settings].index)
+    ]
+    return list({task.folder: task for task in tasks}.values())
+
+
+def make_task(
+    setting: str, notebook: nbformat.NotebookNode, given: dict[str, Any], shown: list[str]
+) -> Task:
+    """Return the task of one setting, such as "c7"; its name has the parameters ``shown``.
 
     Values of another setting of the same notebook make it that one: c with a first kernel of 7×7
-    is c7. Raises InputError for an unknown setting or a bad parameter.
+    is c7. Raises InputError for a bad parameter.
     """
-    if setting not in SETTINGS:
-        raise InputError(f"models has {setting!r}; it must be some of {', '.join(SETTINGS)}.")
-    name, _, own, _ = SETTINGS[setting]
-    path = notebook_path(name)
-    notebook, defaults = read_defaults(path, path.stat().st_mtime_ns)
+    name, own = SETTINGS[setting].notebook, SETTINGS[setting].own
+    defaults = read_defaults(notebook, name)
     for key, value in given.items():
         if key not in defaults:
             raise InputError(f"{key} is not a parameter of {name}; it has {', '.join(defaults)}.")
         if own.get(key, value) not in (value, defaults[key]):
             raise InputError(f"{key} is {value!r}; for {setting} it must be {own[key]!r}.")
-    # The notebook is told only what differs, so that its own defaults stay visible in it.
-    wanted = {**own, **given}
-    for other, (notebook_name, _, values, _) in SETTINGS.items():
-        if notebook_name == name and values.items() <= wanted.items():
+    wanted = {**defaults, **own, **given}
+    for other in SETTINGS:
+        if SETTINGS[other].notebook == name and SETTINGS[other].own.items() <= wanted.items():
             setting = other
-    given = {key: value for key, value in wanted.items() if value != defaults[key]}
-    parameters = check_parameters(SETTINGS[setting].model, **{**defaults, **wanted})
-    return Task(setting, notebook, given, parameters)
-
-
-def without_doubles(tasks: Iterable[Task]) -> list[Task]:
-    """Return the tasks, of those that would make the same run only one."""
-    return list({task.folder: task for task in tasks}.values())
-
-
-@lru_cache
-def read_defaults(path: Path, modified: int) -> tuple[nbformat.NotebookNode, dict]:
-    """Return a notebook and its parameters' defaults; a thousand tasks share one copy.
-
-    ``modified`` is the file's time in nanoseconds: a notebook that was edited is read again.
-    Papermill's inspect_notebook would pass over lines that it does not understand. Raises
-    InputError for a parameters cell that holds anything but assignments of values.
-    """
-    notebook = read_notebook(path)
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    os.environ[names.CODE_VARIABLE] = ""  # its folder is that of a headless run
     try:
-        (cell,) = cells
-        lines = ast.parse(cell.source).body
-        return notebook, {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except (AttributeError, SyntaxError, ValueError):
-        raise InputError(
-            f"{path.name} has a parameters cell that cannot be read; there must be one, and in it "
-            "nothing but lines such as epochs = 10."
-        ) from None
+        parameters = names.check_parameters(SETTINGS[setting].model, wanted)
+    finally:
+        del os.environ[names.CODE_VARIABLE]
+    title = " ".join([setting, *(f"{key} {wanted[key]}" for key in [*shown, "seed"])])
+    # The notebook is told only what differs, so that its own defaults stay visible in it.
+    given = {key: value for key, value in wanted.items() if value != defaults[key]}
+    return Task(title, setting, notebook, given, parameters)
 
 
-def notebook_path(name: str) -> Path:
-    """Return the path of a notebook; raise InputError where there is no checkout."""
-    path = project_folder() / "notebooks" / f"{name}.ipynb"
+def read_notebook(name: str) -> nbformat.NotebookNode:
+    """Return a notebook of the checkout; raise InputError when it is missing, or none."""
+    path = names.project_folder() / "notebooks" / f"{name}.ipynb"
     if not path.is_file():
         raise InputError(f"There is no notebooks/{name}.ipynb here; run this in the checkout.")
-    return path
-
-
-def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """Return a notebook; raise InputError when it is none."""
     try:
         return nbformat.read(path, 4)
     except Exception as error:  # nbformat raises its own for each fault
         raise InputError(f"{path}: {first_line(error)}.") from None
 
 
-def code_sha256(notebook: nbformat.NotebookNode) -> str:
-    """Return the SHA-256 of the code cells that a run's numbers come from.
+def read_defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
+    """Return the parameters of a notebook and their defaults.
 
-    Left out are the cells that hold the parameters (the record has their values) and the one
-    that fetches the helpers.
+    Raises InputError for a parameters cell that holds anything but assignments of values.
     """
-    not_code = {"parameters", "injected-parameters", "setup"}
-    sources = [
-        cell.source.strip()
-        for cell in notebook.cells
-        if cell.cell_type == "code" and not not_code.intersection(cell.metadata.get("tags", []))
-    ]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    defaults = {}
+    try:
+        (cell,) = cells
+        for line in ast.parse(cell.source).body:
+            annotated = isinstance(line, ast.AnnAssign)  # name: type = value
+            target: Any = line.target if annotated else line.targets[0]  # type: ignore[attr-defined]
+            defaults[target.id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
+        return defaults
+    except (AttributeError, SyntaxError, ValueError):
+        raise InputError(
+            f"{name} has a parameters cell that cannot be read; there must be one, and in it "
+            "nothing but lines such as epochs: int = 10."
+        ) from None
 
 
-def run_all(settings: list[str], given: dict) -> int:
-    """Run the notebooks of these settings and then the comparison; return the exit code.
+def first_line(error: Any) -> str:
+    """Return an error as one line, without its last full stop; of a cell's error its own name."""
+    text = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0].removesuffix(".")
 
-    What is recorded is kept, a notebook that fails is named and the others go on. Raises
-    InputError for a bad parameter, before anything runs.
+
+def to_send(notebook: nbformat.NotebookNode) -> str:
+    """Return a notebook as JSON without its outputs, nine tenths of it, that a run makes anew."""
+    cells = [{**cell, "outputs": []} if "outputs" in cell else cell for cell in notebook.cells]
+    return nbformat.writes(nbformat.from_dict({**notebook, "cells": cells}))
+
+
+def run_notebook(
+    notebook: str,
+    given: dict[str, Any],
+    environment: dict[str, str],
+    report: Callable[[str], None],
+    data: Files,
+) -> tuple[Files, str | None]:
+    """Run a notebook, given as JSON, in a folder that is removed afterwards.
+
+    ``environment`` are variables for its kernel, ``data`` files for it by their place, and
+    ``report`` takes its epoch lines. Returns its files, and in a sentence what failed, if so.
     """
-    tasks = without_doubles(make_task(setting, given) for setting in settings)
-    clock = Clock(tasks, count_images(tasks))
-    if given:
-        shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        print(f"Parameters: {shown}; the others as in the notebooks.", flush=True)
-    failed = []
-    for number, task in enumerate(tasks, 1):
-        head = f"[{number}/{len(tasks)}] {task.setting}:"
-        if task.finished_run():
-            print(head, "recorded already, kept", flush=True)
-            clock.skip(task)
-            continue
-        print(head, f"training; {clock.left()} for all", flush=True)
-        began = time.perf_counter()
-        problem = execute(task.notebook, task.given, task.folder)
-        seconds = time.perf_counter() - began
-        run = task.finished_run()
-        if problem or not run:
-            problem = problem or "The notebook ran, but left no record."
-            failed.append(task.setting)
-            print(head, f"FAILED after {format_seconds(seconds)}: {problem}", flush=True)
-            clock.skip(task)
-            continue
-        accuracy = run.record.test_accuracy
-        print(head, f"test accuracy {accuracy:.2%} in {format_seconds(seconds)}", flush=True)
-        clock.done(task, seconds)
-    failed += run_comparison(given)
+    from papermill.utils import chdir  # slow to import: the client starts its workers before
+
+    # All is relative, so that no path of a worker's gets into the notebook.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, chdir(folder):
+        for place, content in data.items():
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            Path(place).write_bytes(content)
+        problem = _execute(notebook, given, environment, report)
+        files = {path.name: path.read_bytes() for path in Path("runs").glob("*/*/[!.]*")}
+        with suppress(OSError, ValueError):  # on a full disk the copy is truncated, and not kept
+            copy = Path(EXECUTED).read_bytes()
+            json.loads(copy)
+            files[FAILED if problem else EXECUTED] = copy
+    return files, problem
+
+
+def _execute(
+    notebook: str, given: dict[str, Any], environment: dict[str, str], report: Callable[[str], None]
+) -> str | None:
+    """Execute a notebook here as executed.ipynb; return in a sentence what failed, if so.
+
+    A kernel that dies as it starts is started again: it is told its ports before it takes them,
+    and another process may be quicker.
+    """
+    import papermill
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    logging.getLogger("papermill").disabled = True  # what is worth saying is returned
+    # The kernel finds these helpers, and after them what we find.
+    places = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, places)), **environment}
+
+    class OwnKernel(AsyncKernelManager):
+        """This Python's own kernel, whichever the notebook or the user's Jupyter names."""
+
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            env={name: value.replace("$", "$$") for name, value in environment.items()},
+        )
+
+    def write(text: str) -> None:
+        for line in text.splitlines():
+            if re.match(r"Epoch +\d+/", line):  # as DynamicLossPlot writes, one an epoch
+                report(line)
+
+    for start in range(1, STARTS + 1):
+        try:
+            # By its path: given as an object, papermill would put all of it into the copy.
+            Path(EXECUTED).write_text(notebook, encoding="utf-8")
+            papermill.execute_notebook(
+                EXECUTED,
+                EXECUTED,
+                parameters=given,
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=OwnKernel,
+                progress_bar=False,
+                stdout_file=SimpleNamespace(write=write, flush=lambda: None),
+                coalesce_streams=True,
+                # Not that it runs over TCP, nor that it was interrupted as it ended.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            )
+            break
+        except Exception as error:  # an error in a cell, a dead kernel, a full disk, ...
+            if start == STARTS or "died before replying to kernel_info" not in str(error):
+                return f"{first_line(error)}."
+    return None
+
+
+def run_on_worker(
+    notebook: str,
+    given: dict[str, Any],
+    environment: dict[str, str],
+    data: Files,
+    told: tuple[str, str],
+    versions: dict[str, str],
+) -> tuple[Files, str | None]:
+    """Run a notebook on a Dask worker; ``told`` are the topic and the name of its epoch lines.
+
+    Raises UnfitWorker where the worker has not the client's ``versions``, or several threads.
+    """
+    worker = get_worker()
+    if problem := unfit(worker, versions):
+        raise UnfitWorker(worker.address, problem)
+    topic, name = told
+    # On a cluster one thread, or what the worker was started with.
+    threads = dict.fromkeys(THREADS, os.environ.get(THREADS[0], "1"))
+
+    def report(line: str) -> None:
+        worker.log_event(topic, f"{name}: {line}")
+
+    return run_notebook(notebook, given, threads | environment, report, data)
+
+
+@cache  # a worker looks at every run
+def package_versions() -> dict[str, str]:
+    """Return the versions on which a run's numbers depend; of these helpers, a digest as well.
+
+    A package that is missing is left out.
+    """
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    versions = {"code of mnist_utils": code.hexdigest()[:8]}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def unfit(worker: Worker, versions: dict[str, str]) -> str | None:
+    """Return in words why a worker must not run anything, if so."""
+    there = package_versions()
+    for package, wanted in versions.items():
+        if (found := there.get(package, "missing")) != wanted:
+            return f"has {package} {found}; it must be {wanted}, as on the client"
+    if (threads := worker.state.nthreads) > 1:  # the working folder is the process's
+        return f"has {threads} threads; it must have one: start it with --nthreads 1"
+    return None
+
+
+@contextmanager
+def open_client(scheduler: str | None, workers: int) -> Iterator[Client]:
+    """Give a client of the scheduler at an address, or of a new cluster on this machine."""
+    if scheduler is None:
+        # Nothing of the user's own Dask configuration, which may name a scheduler or want a key.
+        dask.config.refresh(paths=[], env={})
+        try:
+            with socket.create_server((LOOPBACK, 0)) as server:  # Dask would try for 30 seconds
+                socket.create_connection(server.getsockname(), timeout=5).close()
+            cluster = LocalCluster(
+                n_workers=0,
+                threads_per_worker=1,
+                processes=True,
+                host=LOOPBACK,
+                dashboard_address=f"{LOOPBACK}:0",
+                silence_logs=logging.CRITICAL,
+                preload="import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",  # ours alone
+            )
+        except (OSError, RuntimeError) as error:  # the latter is Dask's, for any of the former
+            raise InputError(
+                f"Dask cannot be started here ({first_line(error.__cause__ or error)}); the "
+                f"loopback address {LOOPBACK} must be up."
+            ) from None
+        with cluster, Client(cluster) as client:
+            cluster.scale(workers)  # and do not wait for them
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, TypeError, ValueError) as error:  # TypeError: tls:// without certificates
+        raise InputError(
+            f"scheduler is {scheduler!r} ({first_line(error)}); it must be the address of a "
+            "running Dask scheduler, such as tcp://host:8786."
+        ) from None
+    with client:
+        yield client
+
+
+def run_tasks(
+    tasks: list[Task], scheduler: str | None = None, workers: int | None = None
+) -> list[Task]:
+    """Run the tasks that are not recorded yet; return those that failed.
+
+    ``scheduler`` is the address of a running Dask scheduler; without it a cluster is started
+    here, of ``workers`` processes. Raises InputError for a data set that cannot be trained on,
+    when the scheduler cannot be reached or is lost, and when no worker is fit.
+    """
+    wanted = [task for task in tasks if not task.finished_run()]
+    say(f"{len(tasks)} run{'s' * (len(tasks) > 1)}, {len(tasks) - len(wanted)} recorded already.")
+    if not wanted:
+        return []
+    own = {task.parameters.dataset for task in wanted} - set(names.EMBEDDED)
+    images = {dataset: len(load_mnist(str(names.dataset_path(dataset)))[0][0]) for dataset in own}
+    for task in wanted:
+        names.check_counts(task.parameters, images.get(task.parameters.dataset))
+    # Several runs side by side get more done than one with all cores; a GPU is for one alone.
+    gpu = any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")))
+    workers = min(len(wanted), workers or (1 if gpu else CPU_COUNT))
+    with open_client(scheduler, workers) as client:
+        try:
+            return _Runner(client, wanted, None if scheduler else workers).run()
+        except (CancelledError, OSError) as error:  # the latter includes CommClosedError
+            raise InputError(
+                f"The connection to the scheduler was lost ({first_line(error)}). What is recorded "
+                "is kept; the same command goes on from there."
+            ) from None
+
+
+class _Runner:
+    """Hands the tasks out, one a worker, and writes each run as it comes back."""
+
+    def __init__(self, client: Client, tasks: list[Task], workers: int | None):
+        """``workers`` is the size of the cluster on this machine, None for any other cluster."""
+        self.client, self.workers = client, workers
+        self.waiting = {task.folder: task for task in tasks}
+        self.running: dict[Any, tuple[Task, FileLock, float]] = {}
+        self.failed: list[Task] = []
+        self.elsewhere: set[str] = set()  # the names of runs that another command trains
+        self.unfit: dict[str, str] = {}  # workers, and what is wrong with them
+        self.sent: dict[Path, Future] = {}  # data sets
+        self.seconds = self.cost = 0.0  # of the runs that are done
+        self.topic = f"mnist_utils {uuid4()}"
+        self.events: SimpleQueue[Future | str] = SimpleQueue()
+        client.subscribe_topic(self.topic, lambda event: self.events.put(event[1]))
+
+    def run(self) -> list[Task]:
+        """Run all tasks; return those that failed."""
+        self.fill()
+        try:
+            self.client.wait_for_workers(1, timeout=60)
+        except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
+            raise InputError("The scheduler has had no worker for 60 seconds.") from None
+        while self.waiting or self.running:
+            with suppress(Empty):
+                event = self.events.get(timeout=LOOK)
+                if isinstance(event, str):
+                    say(event)
+                    continue
+                self.finish(event)
+            self.fill()
+        return self.failed
+
+    def fill(self) -> None:
+        """Give each free worker a task, but none that another command is training."""
+        fit = [worker for worker in self.client.nthreads() if worker not in self.unfit]
+        if self.unfit and not fit:
+            raise InputError("The worker {} {}.".format(*next(iter(self.unfit.items()))))
+        for task in list(self.waiting.values()):
+            if len(self.running) >= (self.workers or len(fit) or 1):
+                break
+            lock = FileLock(task.folder / LOCK, timeout=0)  # it goes with its process
+            try:
+                lock.acquire()
+            except Timeout:
+                if task.name not in self.elsewhere:
+                    say(f"{task.name}: another command is training it")
+                self.elsewhere.add(task.name)
+                continue
+            except OSError as error:
+                self.failed.append(task)
+                say(f"{task.name}: FAILED: {first_line(error)}.")
+            else:
+                if task.finished_run():
+                    say(f"{task.name}: recorded by another command")
+                    lock.release()
+                else:
+                    self.submit(task, lock, fit if self.unfit else None)
+            del self.waiting[task.folder]
+
+    def submit(self, task: Task, lock: FileLock, workers: list[str] | None) -> None:
+        """Send a task, whose folder is locked, to one of these workers, or to any."""
+        code = runs.code_sha256(task.notebook)
+        environment = {names.CODE_VARIABLE: code, names.RESULTS_VARIABLE: "runs"}
+        data: Files | Future = {}
+        if self.workers:
+            threads = str(max(1, CPU_COUNT // self.workers))
+            environment |= dict.fromkeys(THREADS, threads)
+        if task.parameters.dataset not in names.EMBEDDED:
+            path = names.dataset_path(task.parameters.dataset).resolve()
+            environment[names.DATASET_VARIABLE] = str(path)
+            if not self.workers:  # which may have another file system
+                environment[names.DATASET_VARIABLE] = f"data/{path.name}"
+                data = self.sent[path] = self.sent.get(path) or send_files(self.client, path)
+        future = self.client.submit(
+            run_on_worker,
+            to_send(task.notebook),
+            task.given,
+            environment,
+            data,
+            (self.topic, task.name),
+            package_versions(),
+            workers=workers,
+            pure=False,  # every run is a run of its own
+        )
+        self.running[future.key] = task, lock, time.monotonic()
+        future.add_done_callback(self.events.put)
+
+    def finish(self, future: Future) -> None:
+        """Write what a run brings, and say how it went."""
+        from mnist_utils.plotting import format_seconds  # with Matplotlib: slow to import
+
+        task, lock, began = self.running.pop(future.key)
+        seconds = time.monotonic() - began
+        try:
+            problem = write_run(task, *future.result())
+        except UnfitWorker as error:  # another runs it
+            self.unfit.update([error.args])
+            self.waiting = {task.folder: task, **self.waiting}
+            say("The worker {} {}. It is not used.".format(*error.args))
+            return
+        except KilledWorker as error:
+            times = error.allowed_failures + 1
+            problem = f"Its worker died {times} times, perhaps for lack of memory."
+        except (CancelledError, CommClosedError):  # not the run's fault
+            raise
+        except ImportError as error:
+            raise InputError(
+                f"A worker cannot run the notebooks: {first_line(error)}; it needs this package."
+            ) from None
+        except Exception as error:  # one run's trouble must not stop the others
+            problem = f"{first_line(error)}."
+        finally:
+            lock.release()
+        if problem:
+            self.failed.append(task)
+            say(f"{task.name}: FAILED after {format_seconds(seconds)}: {problem}")
+            return
+        accuracy = f"test accuracy {runs.load_record(task.folder).test_accuracy:.2%}"
+        left = self.left(task, seconds)
+        rest = f"; about {format_seconds(left)} left for all" if left else ""
+        say(f"{task.name}: {accuracy} in {format_seconds(seconds)}{rest}")
+
+    def left(self, done: Task, seconds: float) -> float:
+        """Return about how many seconds all will take, at the pace of the runs that are done."""
+        self.seconds, self.cost = self.seconds + seconds, self.cost + done.cost
+        pace, now = self.seconds / self.cost, time.monotonic()
+        rests = [max(0, task.cost * pace - now + began) for task, _, began in self.running.values()]
+        side_by_side = 1 + len(rests)
+        rests += [task.cost * pace for task in self.waiting.values()]
+        return max(sum(rests) / side_by_side, *rests, 0)
+
+
+def send_files(client: Client, path: Path) -> Future:
+    """Return the future of a data set's files, by their place, for all runs to share.
+
+    It is the result of a task: what a worker loses when it dies is made again, which Dask does
+    not do for scattered data.
+    """
+    files = sorted(path.glob("*idx*")) if path.is_dir() else [path]
+    content = {f"data/{file.relative_to(path.parent)}": file.read_bytes() for file in files}
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
+        return client.submit(dict, content, pure=False)
+
+
+def write_run(task: Task, files: Files, problem: str | None) -> str | None:
+    """Write a run's files; return in a sentence what is wrong with the run, if anything."""
+    try:
+        write_files(task.folder, files)
+    except OSError as error:
+        return " ".join(filter(None, [problem, f"It cannot be written: {first_line(error)}."]))
+    if runs.RECORD_FILE in files:
+        runs.remove_leftovers(task.folder, keep=files)
+    if problem:
+        return problem + (f" Its executed copy: {task.folder / FAILED}" if FAILED in files else "")
+    return None if task.finished_run() else "The notebook ran, but left no record."
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Write files whole, the record last; an executed copy takes the place of an older one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(files, key=lambda name: name == runs.RECORD_FILE):
+        runs.write_whole(folder / name, files[name])
+    for name in {EXECUTED, FAILED} - set(files):
+        (folder / name).unlink(missing_ok=True)
+
+
+def run_all(
+    tasks: list[Task],
+    results_dir: str | None = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
+) -> int:
+    """Run tasks, all in ``results_dir``, and then the comparison; print the table of own runs.
+
+    Returns the exit code. Raises InputError as run_tasks does.
+    """
+    failed = [task.name for task in run_tasks(tasks, scheduler, workers)]
+    results = names.results_folder(results_dir).resolve()
+    if problem := run_comparison(results, {"results_dir": results_dir} if results_dir else {}):
+        say(f"{COMPARISON}: FAILED: {problem}")
+        failed.append(COMPARISON)
+    from mnist_utils.comparison import own_table, reference_folder, reference_rows  # slow as well
+
+    own, problems = runs.load_runs(results)
+    if len(own):
+        say(own_table(own, reference_rows(runs.load_runs(reference_folder())[0])))
+    for left_out in problems:
+        say("Left out:", left_out)
+    if not problem:
+        say("The executed comparison:", results / COMPARISON / EXECUTED)
     if failed:
         print(f"{len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def count_images(tasks: list[Task]) -> int:
-    """Return the number of training images; raise InputError for data that cannot be trained on.
-
-    All tasks have the same data.
-    """
-    given = tasks[0].parameters
-    (x_train, _), _ = load_mnist(given.dataset, given.train_samples, given.seed)
-    for task in tasks:
-        check_batch_size(given.batch_size, trained_on(task.parameters.model, len(x_train)))
-    return len(x_train)
-
-
-def run_comparison(given: dict) -> list[str]:
-    """Run the comparison over the results so far, print its table; return what failed."""
-    results = results_folder(given.get("results_dir"))
-    own = {key: value for key, value in given.items() if key == "results_dir"}
-    problem = execute(read_notebook(notebook_path(COMPARISON)), own, results / COMPARISON)
-    if problem:
-        print(f"{COMPARISON}: FAILED: {problem}", flush=True)
-        return [COMPARISON]
-    # With it come scipy and statsmodels: 90 MB that a sweep's workers need not hold.
-    from mnist_utils.spread import over_seeds, own_table
-
-    references = over_seeds(load_runs(reference_folder())[0])
-    runs, problems = load_runs(results)
-    for title, group in by_parameters(runs).items():
-        print(title, own_table(group, references), sep="\n")
-    print(*(f"Left out: {problem}\n" for problem in problems), sep="", end="")
-    print("The executed comparison:", results / COMPARISON / EXECUTED, flush=True)
-    return []
-
-
-def execute(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str | None:
-    """Run a notebook by papermill; return None, or in a sentence what went wrong.
-
-    The executed copy is kept in ``folder``: executed.ipynb, or failed.ipynb. While it runs it is
-    executing.ipynb, so a killed run leaves nothing that could be taken for a whole one.
-    """
+def run_comparison(results: Path, given: dict[str, Any]) -> str | None:
+    """Execute the comparison of a results folder; return in a sentence what failed, if so."""
+    notebook, folder = to_send(read_notebook(COMPARISON)), results / COMPARISON
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock goes with its process, however that ends.
-        with FileLock(folder / LOCK, timeout=0):
-            return _execute_locked(notebook, given, folder)
-    except Timeout:
-        return f"Another process is running it in {folder}."
+        with FileLock(folder / LOCK):  # another command's end is waited for
+            environment = {names.RESULTS_VARIABLE: str(results)}
+            files, problem = run_notebook(notebook, given, environment, say, {})
+            write_files(folder, files)
     except OSError as error:
         return f"{first_line(error)}."
+    if problem and FAILED in files:
+        problem += f" Its executed copy: {folder / FAILED}"
+    return problem
 
 
-def _execute_locked(notebook: nbformat.NotebookNode, given: dict, folder: Path) -> str | None:
-    executing, executed, failed = (folder / name for name in ("executing.ipynb", EXECUTED, FAILED))
-    executed.unlink(missing_ok=True)
-    os.environ[CODE_VARIABLE] = code_sha256(notebook)
+def say(*text: object) -> None:
+    """Print a line at once; end quietly when nobody reads any more, as with ``| head``."""
     try:
-        _execute_by_papermill(notebook, given, executing)
-    except Exception as error:  # an error in a cell, a dead kernel, a full disk, ...
-        if not executing.exists():
-            return f"{first_line(error)}."
-        executing.replace(failed)
-        return f"{first_line(error)}. Its executed copy: {failed}"
-    finally:
-        del os.environ[CODE_VARIABLE]
-    executing.replace(executed)
-    failed.unlink(missing_ok=True)
-    return None
-
-
-def _execute_by_papermill(notebook: nbformat.NotebookNode, given: dict, path: Path) -> None:
-    """Write and execute a notebook; start its kernel again if that dies as it starts.
-
-    A kernel is told its ports before it takes them, so that another process may be quicker.
-    """
-    for start in range(1, STARTS + 1):
-        # By its path: given as an object, papermill would put all of it into the copy's metadata.
-        nbformat.write(notebook, path)
-        try:
-            papermill.execute_notebook(
-                path,
-                path,
-                parameters=given,
-                progress_bar=False,
-                stdout_file=_EpochLines(),
-                coalesce_streams=True,
-                # Not that it runs over TCP, nor that it was interrupted as it ended.
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            )
-            return
-        except RuntimeError as error:
-            if start == STARTS or "died before replying to kernel_info" not in str(error):
-                raise
-
-
-def first_line(error: Exception) -> str:
-    """Return an error as one line, without its last full stop."""
-    if isinstance(error, PapermillExecutionError):
-        text = f"{error.ename}: {error.evalue}"
-    else:
-        text = str(error) or type(error).__name__
-    return text.strip().splitlines()[0].removesuffix(".")
-
-
-class _EpochLines:
-    """A file that prints only the lines that DynamicLossPlot writes, one an epoch."""
-
-    def write(self, text: str) -> None:
-        for line in text.splitlines():
-            if re.match(r"Epoch +\d+/", line):
-                print("   ", line, flush=True)
-
-    def flush(self) -> None:
-        pass
-
-
-class Clock:
-    """Tell the time left, from the reference runs' times and how long runs take here."""
-
-    def __init__(self, tasks: list[Task], images: int):
-        references = reference_runs(load_runs(reference_folder())[0])
-        self.expected = {
-            task.setting: _expected_seconds(task, images, references) for task in tasks
-        }
-        self.spent = self.spent_expected = 0.0
-
-    def skip(self, task: Task) -> None:
-        del self.expected[task.setting]
-
-    def done(self, task: Task, seconds: float) -> None:
-        self.spent += seconds
-        self.spent_expected += self.expected.pop(task.setting)
-
-    def left(self) -> str:
-        pace = self.spent / self.spent_expected if self.spent else 1
-        return f"about {format_seconds(sum(self.expected.values()) * pace)} left"
-
-
-def _expected_seconds(task: Task, images: int, references: dict[str, Run]) -> float:
-    run = references.get(task.setting)
-    an_epoch = median(run.record.seconds_per_epoch) if run else 60.0
-    # 10 s to start a kernel. An epoch also goes once through the 10,000 test images, and the end
-    # twice more; forward alone costs a third of training.
-    epochs, a_pass = task.parameters.epochs, 10_000 / 3
-    share = (epochs * (images + a_pass) + 2 * a_pass) / (60_000 + a_pass)
-    return 10 + an_epoch * share
+        print(*text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as shells name an end by SIGPIPE

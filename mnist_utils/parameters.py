@@ -1,15 +1,23 @@
 """Check a notebook's parameters before anything is loaded or trained."""
 
 import hashlib
+import os
 import re
 import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-TRAIN_IMAGES = 60_000
 MOST_SEED = 2**32 - 1
+
+# Set by the headless runner for the kernel that it starts: which code cells run, where the data
+# set's file really lies, and where the run is really written.
+CODE_VARIABLE = "MNIST_UTILS_CODE_SHA256"
+DATASET_VARIABLE = "MNIST_UTILS_DATASET"
+RESULTS_VARIABLE = "MNIST_UTILS_RESULTS"
 
 
 class Setting(NamedTuple):
@@ -20,7 +28,7 @@ class Setting(NamedTuple):
 
     notebook: str
     title: str
-    own: dict[str, int | str] = {}  # noqa: RUF012
+    own: dict[str, int] = {}  # noqa: RUF012
     epochs: int = 10
 
     @property
@@ -35,29 +43,51 @@ SETTINGS = {
     "b": Setting("3_model_b", "CNN B"),
     "c": Setting("4_model_c", "CNN C", {"first_kernel_size": 2}),
     "c7": Setting("4_model_c", "CNN C, 7X7 first", {"first_kernel_size": 7}),
-    "d-speed": Setting("5_model_d", "CNN D, speed", {"budget": "speed"}, 3),
-    "d-accuracy": Setting("5_model_d", "CNN D, accuracy", {"budget": "accuracy"}, 7),
+    "d": Setting("5_model_d", "CNN D", epochs=3),
+    "e": Setting("6_model_e", "CNN E", epochs=7),
 }
 MODELS = tuple(dict.fromkeys(setting.model for setting in SETTINGS.values()))
+
+
+def setting_of(model: str, run: Mapping[str, Any]) -> str | None:
+    """Return the setting that a run's model and parameters belong to; None for any other."""
+    for key, setting in SETTINGS.items():
+        own = setting.own.items()
+        if setting.model == model and all(run.get(name) == value for name, value in own):
+            return key
+    return None
+
+
+def title_of(model: str, run: Mapping[str, Any]) -> str:
+    """Return the name under which a run is shown; a model's own parameters tell it apart."""
+    if setting := setting_of(model, run):
+        return SETTINGS[setting].title
+    titles = [setting.title for setting in SETTINGS.values() if setting.model == model]
+    own = [f"{name} {run[name]}" for name in OWN if name in run]
+    return ", ".join([*titles[:1], *own])
+
+
+# The embedded data sets, with their numbers of training images.
+EMBEDDED = {"mnist": 60_000, "mnist-small": 6_000}
 
 ALLOWED = {
     "epochs": "a whole number of 1 or more",
     "batch_size": "a whole number from 1 to the number of training images",
     "seed": f"a whole number from 0 to {MOST_SEED}",
     "train_samples": "None (all images) or a whole number from 1 to the number of training images",
-    "dataset": '"mnist" or the path of an npz file',
+    "dataset": '"mnist", "mnist-small", or the path of an npz file or of a folder of IDX files',
     "precision": '"float32", "mixed_bfloat16" or, on a GPU, "mixed_float16"',
-    "results_dir": "None (the folder runs/) or the path of a folder that can be written",
+    "results_dir": "None (the folder runs/) or the path of a folder that can be written, as a text",
+    "keep_model": "True or False",
     "first_kernel_size": "a whole number from 1 to 28",
-    "budget": '"speed" or "accuracy"',
 }
-OWN = ("first_kernel_size", "budget")  # what only one model has
+OWN = ("first_kernel_size",)  # what only one model has
 
 
 class InputError(ValueError):
     """Something a user gave is wrong; the message is one plain sentence that names it."""
 
-    def _render_traceback_(self):
+    def _render_traceback_(self) -> list[str]:
         # IPython and Jupyter show these lines in the traceback's place.
         return [f"{type(self).__name__}: {self}"]
 
@@ -71,138 +101,143 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    model: Literal[MODELS]
+    model: Literal[MODELS]  # type: ignore[valid-type]
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)]
-    train_samples: Annotated[int, Field(ge=1)] | None = None
-    dataset: str = "mnist"
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    results_dir: str | None = None
+    train_samples: Annotated[int, Field(ge=1)] | None
+    dataset: str
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"]
+    results_dir: str | None
+    keep_model: bool
     first_kernel_size: Annotated[int, Field(ge=1, le=28)] | None = None
-    budget: Literal["speed", "accuracy"] | None = None
     dataset_name: str = "mnist"
 
-    def recorded(self) -> dict:
+    def recorded(self) -> dict[str, Any]:
         """Return what a record keeps under ``run``; two runs are the same when it is equal."""
-        run = self.model_dump(
-            include={"epochs", "batch_size", "seed", "train_samples", "precision"}
-        )
-        run["dataset"] = self.dataset_name
-        return run | self.own()
+        names = {"epochs", "batch_size", "seed", "train_samples", "precision"}
+        return self.model_dump(include=names) | {"dataset": self.dataset_name} | self.own()
 
-    def own(self) -> dict[str, int | str]:
+    def own(self) -> dict[str, int]:
         """Return the parameters that only this model has."""
         return {name: getattr(self, name) for name in OWN if getattr(self, name) is not None}
 
     def run_folder(self) -> Path:
-        """Return the folder of the run with these parameters, whether it is there or not.
-
-        Its name holds the parameters, so that runs with other ones never share it.
-        """
-        parts = [
-            f"epochs{self.epochs}",
-            f"batch{self.batch_size}",
-            f"samples{self.train_samples or '-all'}",
-            self.dataset_name,
-            self.precision,
-        ]
-        parts += [f"{name}{value}" for name, value in self.own().items()]
-        name = "-".join([*parts, f"seed{self.seed}"])
+        """Return the folder of the run with these parameters, whether it is there or not."""
+        name = run_name(self.recorded(), by_hand=CODE_VARIABLE not in os.environ)
         return results_folder(self.results_dir) / self.model / name
 
 
-def check_parameters(model: str, **values) -> Parameters:
+def run_name(run: Mapping[str, Any], by_hand: bool) -> str:
+    """Return the name of a run's folder, made of its parameters as records keep them.
+
+    Runs with other parameters never share a folder, nor does one made by hand take the place of
+    a headless one.
+    """
+    parts = [
+        f"epochs{run['epochs']}",
+        f"batch{run['batch_size']}",
+        f"samples{run['train_samples'] or '-all'}",
+        run["dataset"],
+        run["precision"],
+        *(f"{name}{run[name]}" for name in OWN if name in run),
+        f"seed{run['seed']}",
+    ]
+    return "-".join([*parts, "by_hand"] if by_hand else parts)
+
+
+def check_parameters(model: str, values: Mapping[str, Any]) -> Parameters:
     """Return the checked parameters of a run of ``model``, one of ``MODELS``.
 
-    For a model with budgets, ``epochs`` may be None: the budget's own. Raises InputError, in one
-    sentence that names the parameter, its value and what is allowed.
+    ``values`` holds them by name, among others, as a notebook's ``globals()`` does. Raises
+    InputError, in one sentence that names the parameter, its value and what is allowed.
     """
-    given = values
-    for name in OWN:
-        if name in values and values[name] is None:
-            raise refusal(name, None, ALLOWED[name])
-    if "budget" in values and values.get("epochs") is None:
-        values = values | {"epochs": _epochs_of(values["budget"])}
+    wanted = [name for name in ALLOWED if name not in OWN]
+    wanted += [
+        name for setting in SETTINGS.values() if setting.model == model for name in setting.own
+    ]
+    for name in wanted:
+        if name not in values or (name in OWN and values[name] is None):
+            raise refusal(name, values.get(name), ALLOWED[name])
+    given = {name: values[name] for name in wanted}
     try:
-        parameters = Parameters(model=model, **values)
+        parameters = Parameters(model=model, **given)
     except ValidationError as error:
         # Name the parameter itself: inside a union, pydantic adds the branch to the place.
-        name = error.errors()[0]["loc"][0]
+        name = str(error.errors()[0]["loc"][0])
         if name == "model":
             raise refusal("model", model, f"one of {', '.join(MODELS)}") from None
-        allowed = ALLOWED.get(name)
-        if allowed is None:
-            raise InputError(f"{name} is not a parameter of model {model!r}.") from None
-        if "budget" in given and name == "epochs":
-            allowed = f"None (as many as the budget takes) or {allowed}"
-        raise refusal(name, given.get(name), allowed) from None
-    check_counts(parameters)
+        raise refusal(name, given[name], ALLOWED[name]) from None
+    check_counts(parameters, EMBEDDED.get(parameters.dataset))
     parameters = parameters.model_copy(update={"dataset_name": dataset_name(parameters.dataset)})
     # The run's own folder: whatever lies in its way is better found now than after training.
     writable_folder(parameters.run_folder())
     return parameters
 
 
-def _epochs_of(budget: str) -> int:
-    """Return the epochs that a budget takes. Raises InputError for an unknown one."""
-    for setting in SETTINGS.values():
-        if setting.own.get("budget", ...) == budget:
-            return setting.epochs
-    raise refusal("budget", budget, ALLOWED["budget"])
-
-
-def refusal(name: str, value, allowed: str) -> InputError:
+def refusal(name: str, value: object, allowed: str) -> InputError:
     """Return the error that names a parameter, the value found and what is allowed."""
     return InputError(f"{name} is {value!r}; it must be {allowed}.")
 
 
-def check_counts(parameters: Parameters) -> None:
-    """Refuse more samples, or a larger batch, than the embedded data set has images.
+def check_counts(parameters: Parameters, images: int | None) -> None:
+    """Refuse more samples, or a larger batch, than there are training images.
 
-    Another data set's count is known, and checked, only when it has been loaded.
+    Another data set's count is None here, and checked when it has been loaded.
     """
-    if parameters.dataset != "mnist":
+    if images is None:
         return
-    samples, least = parameters.train_samples, 2 if parameters.model == "d" else 1
-    if samples is not None and not least <= samples <= TRAIN_IMAGES:
-        allowed = f"None (all images) or a whole number from {least} to {TRAIN_IMAGES}"
+    samples, least = parameters.train_samples, images - images_trained_on(parameters.model, images)
+    least = min(2, 1 + least)  # a model that keeps images back needs one more
+    if samples is not None and not least <= samples <= images:
+        allowed = f"None (all images) or a whole number from {least} to {images}"
         raise refusal("train_samples", samples, allowed)
-    check_batch_size(parameters.batch_size, trained_on(parameters.model, samples or TRAIN_IMAGES))
+    count = images_trained_on(parameters.model, samples or images)
+    if parameters.batch_size > count:
+        allowed = f"a whole number from 1 to the number of images to train on, {count}"
+        raise refusal("batch_size", parameters.batch_size, allowed)
 
 
-def trained_on(model: str, images: int) -> int:
-    """Return on how many of the training images a model trains: D keeps some back to validate."""
-    return images - max(1, images // 60) if model == "d" else images
+def images_trained_on(model: str, images: int) -> int:
+    """Return on how many images a model trains: D and E keep a sixtieth back to validate."""
+    return images - max(1, images // 60) if model in ("d", "e") else images
 
 
-def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise InputError for a batch larger than the number of images to train on."""
-    if batch_size > images:
-        allowed = f"a whole number from 1 to the number of images to train on, {images}"
-        raise refusal("batch_size", batch_size, allowed)
+def dataset_path(dataset: str) -> Path:
+    """Return where a data set lies: from the working folder, else from the project's."""
+    if DATASET_VARIABLE in os.environ:
+        return Path(os.environ[DATASET_VARIABLE])
+    path = Path(dataset).expanduser()
+    return path if path.exists() else project_folder() / path
 
 
 def dataset_name(dataset: str) -> str:
     """Return the name under which records keep a data set; it tells files apart by content."""
-    if dataset == "mnist":
+    if dataset in EMBEDDED:
         return dataset
-    path = Path(dataset)
+    path = dataset_path(dataset)
     try:
-        content = path.read_bytes()
+        files = sorted(path.glob("*idx*")) if path.is_dir() else [path]
+        stamps = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        digest = _sha256_of(stamps)
     except OSError as error:
         reason = (error.strerror or "cannot be read").lower()
         raise InputError(
             f"dataset is {dataset!r} ({reason}); it must be {ALLOWED['dataset']}."
         ) from None
-    stem = re.sub(r"[^A-Za-z0-9_]+", "_", path.stem)[:40]
-    return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}"
+    stem = re.sub(r"[^A-Za-z0-9_]+", "_", Path(dataset).stem)[:40]
+    return f"{stem}-{digest[:8]}"
+
+
+@lru_cache  # a large file is read once for a thousand runs
+def _sha256_of(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path, _, _ in stamps)).hexdigest()
 
 
 def project_folder() -> Path:
-    """Return the checkout's root when working in it or in one of its folders, else this folder."""
-    here = Path.cwd()
-    for folder in (here, here.parent):
+    """Return the checkout above the working folder, else the package's, else this folder."""
+    here, package = Path.cwd(), Path(__file__).parents[1]
+    for folder in (here, *here.parents, package):
         if (folder / "mnist_utils").is_dir() and (folder / "notebooks").is_dir():
             return folder
     return here
@@ -210,7 +245,9 @@ def project_folder() -> Path:
 
 def results_folder(results_dir: str | None) -> Path:
     """Return the folder that holds a reader's records: ``results_dir``, or the project's runs/."""
-    return project_folder() / "runs" if results_dir is None else Path(results_dir)
+    if RESULTS_VARIABLE in os.environ:
+        return Path(os.environ[RESULTS_VARIABLE])
+    return project_folder() / "runs" if results_dir is None else Path(results_dir).expanduser()
 
 
 def writable_folder(folder: Path) -> None:

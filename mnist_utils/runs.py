@@ -1,4 +1,4 @@
-"""The record of a run: describe the model, save, load and check."""
+"""The record of a run and the trained model: save, load and check."""
 
 import hashlib
 import io
@@ -6,25 +6,43 @@ import json
 import math
 import os
 import platform
+import re
+import sys
+import tempfile
+import zipfile
+from collections.abc import Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import nbformat
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mnist_utils.parameters import InputError, Parameters
+from mnist_utils.parameters import (
+    CODE_VARIABLE,
+    InputError,
+    Parameters,
+    run_name,
+    setting_of,
+    title_of,
+)
+
+if TYPE_CHECKING:  # nothing here but load_model needs TensorFlow
+    import keras
+
+    from mnist_utils.loss_plot import DynamicLossPlot
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "metrics.json"
-
-# Set by the headless runner for the kernel it starts: which code cells made the record.
-CODE_VARIABLE = "MNIST_UTILS_CODE_SHA256"
+MODEL_FILE = "model.keras"
+MOST_BYTES = 10**9  # of a file that is read whole; the largest here has a few million
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
@@ -38,22 +56,22 @@ class RunParameters(_Strict):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, int | float | str | bool]
 
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
+    epochs: Positive
+    batch_size: Positive
     seed: Count
-    train_samples: Annotated[int, Field(ge=1)] | None
+    train_samples: Positive | None
     dataset: str
     precision: str
 
 
-Size = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
-
-
 class Architecture(_Strict):
-    """What the built model is; kernel_sizes holds one pair (height, width) a convolution."""
+    """What the built model is; kernel_sizes holds one pair (height, width) a convolution.
+
+    ``macs`` are the multiply-adds of its convolutions and dense layers for one image.
+    """
 
     conv_layers: Count
-    kernel_sizes: list[Size]
+    kernel_sizes: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]]
     max_pool: bool
     padding: bool
     dropout: bool
@@ -63,25 +81,25 @@ class Architecture(_Strict):
     digest: str
 
     @model_validator(mode="after")
-    def _one_size_a_layer(self):
+    def _one_size_a_layer(self) -> "Architecture":
         if len(self.kernel_sizes) != self.conv_layers:
             raise ValueError("kernel_sizes must have one pair for each of conv_layers")
         return self
 
 
 class History(_Strict):
-    """One number an epoch."""
+    """One number an epoch; None where it was not validated."""
 
     loss: list[NotNegative]
     accuracy: list[Fraction]
-    val_loss: list[NotNegative]
-    val_accuracy: list[Fraction]
+    val_loss: list[NotNegative | None]
+    val_accuracy: list[Fraction | None]
 
 
-class Predictions(_Strict):
-    """The file beside the record that holds the test set's predictions."""
+class File(_Strict):
+    """A file beside the record, tied to it by its content."""
 
-    file: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    file: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
     sha256: str
 
 
@@ -96,11 +114,18 @@ class Record(_Strict):
     history: History
     test_loss: NotNegative
     test_accuracy: Fraction
+    steps: Count | None = None  # of the optimizer
     seconds_per_epoch: list[NotNegative]
     evaluation_seconds: NotNegative = 0.0  # of an evaluation that belongs to the model's cost
     environment: dict[str, str | int]
-    predictions: Predictions
+    predictions: File
+    model_file: File | None = None
     code_sha256: str | None
+
+    @property
+    def trained_epochs(self) -> int:
+        """The epochs that it was really trained for; fewer than run.epochs if it was stopped."""
+        return len(self.history.loss)
 
     @property
     def total_seconds(self) -> float:
@@ -108,111 +133,116 @@ class Record(_Strict):
         return sum(self.seconds_per_epoch) + self.evaluation_seconds
 
     @property
-    def threads(self) -> int:
-        """The threads that it computed with: all cores, where an older record does not say."""
-        return int(self.environment.get("threads", self.environment["cores"]))
+    def multiply_adds(self) -> int | None:
+        """Those of the whole training: a step costs about three passes forward."""
+        if self.steps is None:
+            return None
+        return 3 * self.architecture.macs * self.steps * self.run.batch_size
 
     @model_validator(mode="after")
-    def _one_number_an_epoch(self):
+    def _one_number_an_epoch(self) -> "Record":
         lists = {**self.history.model_dump(), "seconds_per_epoch": self.seconds_per_epoch}
         for name, values in lists.items():
-            if len(values) != self.run.epochs:
-                raise ValueError(f"{name} has {len(values)} numbers for {self.run.epochs} epochs")
+            if len(values) != self.trained_epochs:
+                raise ValueError(
+                    f"{name} has {len(values)} numbers; loss has {self.trained_epochs}"
+                )
+        if not 1 <= self.trained_epochs <= self.run.epochs:
+            raise ValueError(f"history has {self.trained_epochs} of {self.run.epochs} epochs")
         return self
 
 
-@dataclass(frozen=True)
-class Run:
-    """A record and the folder that it lies in."""
-
-    record: Record
-    folder: Path
-
-    def predictions(self) -> dict[str, np.ndarray]:
-        """Return the test set's ``probabilities`` (n, 10) float16, ``predicted`` and ``labels``.
-
-        The last two are uint8 (n,). Raises InputError when the file is missing, or not what
-        the record was saved with.
-        """
-        path = self.folder / self.record.predictions.file
-        try:
-            content = path.read_bytes()
-        except OSError:
-            raise InputError(f"{path}: the record's predictions are missing.") from None
-        if hashlib.sha256(content).hexdigest() != self.record.predictions.sha256:
-            raise InputError(f"{path}: not the record's predictions (its SHA-256 differs).")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-
-
 def save_run(
-    model,
+    model: "keras.Model",
     parameters: Parameters,
-    *,
-    title: str,
-    history: dict[str, list[float]],
-    seconds_per_epoch: list[float],
-    test_loss: float,
-    test_accuracy: float,
+    loss_plot: "DynamicLossPlot",
+    score: Sequence[float],
     probabilities: np.ndarray,
-    labels: np.ndarray,
+    y_test: np.ndarray,
     evaluation_seconds: float = 0.0,
 ) -> None:
-    """Save a run's record and predictions, and print where they are.
+    """Save a run's record, its predictions and the trained model, and print where they are.
 
-    ``model`` is the trained Keras model, ``probabilities`` its output for the test set (n, 10)
-    and ``labels`` the true classes (n,). ``evaluation_seconds`` is given where the evaluation is
-    part of what the model costs, as with test-time augmentation. The record is wholly there or
-    not there: an older run with the same parameters stays until the new one is whole. Raises
-    InputError for a number that is not finite.
+    ``loss_plot`` watched the training; ``score`` is the test loss and the test accuracy;
+    ``probabilities`` are the model's answers for the test set (n, 10), ``y_test`` its one-hot
+    labels (n, 10). ``evaluation_seconds`` are given where the evaluation is part of the cost. The
+    files are wholly there or not there, the record last. Raises InputError for a number that is
+    not finite, and for a model that was not trained from its start by this one ``fit``: the seed
+    does not give its numbers.
     """
-    folder = parameters.run_folder()
-    predictions = io.BytesIO()
+    if loss_plot.model is not model or not loss_plot.fresh:
+        raise InputError(
+            "The run is not saved: the model was not trained once, from its start, by the cell "
+            "above, so its numbers are not those of the seed. Run the cells from the model's on."
+        )
+    history = {name: _rounded(loss_plot.history[name]) for name in History.model_fields}
+    arrays = io.BytesIO()
     np.savez_compressed(
-        predictions,
+        arrays,
         probabilities=probabilities.astype(np.float16),
         predicted=probabilities.argmax(axis=1).astype(np.uint8),  # before the rounding
-        labels=labels.astype(np.uint8),
+        labels=y_test.argmax(axis=1).astype(np.uint8),
     )
-    sha256 = hashlib.sha256(predictions.getvalue()).hexdigest()
+    sha256 = hashlib.sha256(arrays.getvalue()).hexdigest()
+    # Named by its content, so that an older record keeps its own until it is replaced.
+    files = {f"predictions-{sha256[:8]}.npz": arrays.getvalue()}
+    model_file = None
+    if parameters.keep_model:
+        files[MODEL_FILE] = model_bytes(model)
+        model_file = {"file": MODEL_FILE, "sha256": hashlib.sha256(files[MODEL_FILE]).hexdigest()}
     record = {
         "schema_version": SCHEMA_VERSION,
         "model": parameters.model,
-        "title": title,
+        "title": title_of(parameters.model, parameters.recorded()),
         "run": parameters.recorded(),
         "architecture": describe_architecture(model),
-        "history": {name: [round(v, 6) for v in history[name]] for name in History.model_fields},
-        "test_loss": round(test_loss, 6),
-        "test_accuracy": round(test_accuracy, 6),
-        "seconds_per_epoch": [round(seconds, 3) for seconds in seconds_per_epoch],
+        "history": history,
+        "test_loss": round(float(score[0]), 6),
+        "test_accuracy": round(float(score[1]), 6),
+        "steps": int(model.optimizer.iterations),
+        "seconds_per_epoch": [round(seconds, 3) for seconds in loss_plot.seconds_per_epoch],
         "evaluation_seconds": round(evaluation_seconds, 3),
         "environment": describe_environment(),
-        # Named by its content, so that the older record keeps its own until it is replaced.
         "predictions": {"file": f"predictions-{sha256[:8]}.npz", "sha256": sha256},
+        "model_file": model_file,
         "code_sha256": os.environ.get(CODE_VARIABLE),
     }
     try:
         Record.model_validate(record)
     except ValidationError as error:
         raise InputError(f"The run was not saved: {first_fault(error)}.") from None
+    folder = parameters.run_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / record["predictions"]["file"], predictions.getvalue())
-    content = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write_whole(folder / RECORD_FILE, content.encode())
-    for older in folder.glob("predictions-*.npz"):
-        if older.name != record["predictions"]["file"]:
-            older.unlink()
-    shown = Path(parameters.results_dir or "runs")
-    print("Saved the run in", shown / folder.parent.name / folder.name)
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    write_whole(
+        folder / RECORD_FILE, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+    )
+    remove_leftovers(folder, keep=files)
+    if len(history["loss"]) < parameters.epochs:
+        print(f"Stopped after {len(history['loss'])} of {parameters.epochs} epochs.")
+    # As the reader gave it: a worker's own folder is a temporary one.
+    shown = Path(parameters.results_dir or "runs", parameters.model, folder.name)
+    print("Saved the run in", shown)
 
 
-def load_run(folder: Path) -> Run:
-    """Return the run in a folder; raise InputError that names the file and the field at fault."""
+def _rounded(values: list[float | None]) -> list[float | None]:
+    return [None if value is None else round(float(value), 6) for value in values]
+
+
+def remove_leftovers(folder: Path, keep: Container[str]) -> None:
+    """Remove what an older run, or one that was killed while it wrote, left in a run's folder."""
+    for pattern in ("predictions-*.npz", MODEL_FILE, ".*.part"):
+        for path in folder.glob(pattern):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+
+def load_record(folder: Path) -> Record:
+    """Return a folder's record; raise InputError that names the file and the field at fault."""
     path = folder / RECORD_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}.") from None
+        content = json.loads(_read(path))
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON, or truncated.") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -221,30 +251,144 @@ def load_run(folder: Path) -> Run:
             f"{path}: schema_version is {version}, newer than this version's {SCHEMA_VERSION}."
         )
     try:
-        return Run(Record.model_validate(content), folder)
+        return Record.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {first_fault(error)}.") from None
 
 
-def load_runs(results: Path) -> tuple[list[Run], list[str]]:
-    """Return all runs below a results folder, and a sentence for each run left out.
+def load_runs(results: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return all runs below a results folder, a row a run, and a sentence for each left out.
 
-    A run is left out when its record or its predictions are missing, damaged or not its own.
+    A run is left out when its record is damaged, when its folder is that of other parameters,
+    and when its predictions are those of another run: it is a copy, and no further seed.
     """
-    runs, problems = [], []
+    rows, problems = [], []
+    seen: dict[str, Path] = {}
     for path in sorted(results.glob(f"*/*/{RECORD_FILE}")):
+        folder = path.parent
         try:
-            run = load_run(path.parent)
-            run.predictions()
-            runs.append(run)
+            record = load_record(folder)
+            run = record.run.model_dump()
+            place = Path(record.model, run_name(run, by_hand=record.code_sha256 is None))
+            if place != Path(folder.parent.name, folder.name):
+                raise InputError(f"{path}: it lies in another run's folder; its own is {place}.")
+            if not (folder / record.predictions.file).is_file():
+                raise InputError(f"{folder / record.predictions.file}: missing.")
+            first = seen.setdefault(record.predictions.sha256, folder)
+            if first != folder:
+                raise InputError(f"{path}: it repeats the run in {first}.")
         except InputError as error:
             problems.append(str(error))
-    return runs, problems
+            continue
+        rows.append(_row(record, folder, run))
+    return pd.DataFrame(rows, columns=COLUMNS), problems
+
+
+COLUMNS = [
+    *("model", "setting", "title", "seed", "epochs", "trained_epochs", "batch_size"),
+    *("train_samples", "dataset", "precision", "by_hand", "parameters", "macs", "multiply_adds"),
+    *("test_loss", "test_accuracy", "seconds", "threads", "digest", "code_sha256"),
+    *("val_accuracy", "path"),
+]
+
+
+def _row(record: Record, folder: Path, run: dict[str, Any]) -> list[Any]:
+    """Return a run's values for COLUMNS."""
+    values = record.__dict__ | record.architecture.__dict__ | run
+    values |= {
+        "setting": setting_of(record.model, run),
+        "title": title_of(record.model, run) or record.title,
+        "trained_epochs": record.trained_epochs,
+        "by_hand": record.code_sha256 is None,
+        "multiply_adds": record.multiply_adds,
+        "seconds": record.total_seconds,
+        "threads": record.environment.get("threads"),
+        "val_accuracy": record.history.val_accuracy,
+        "path": folder,
+    }
+    return [values[name] for name in COLUMNS]
+
+
+def read_predictions(folder: Path) -> dict[str, np.ndarray]:
+    """Return the test set's ``probabilities`` (n, 10) float16, ``predicted`` and ``labels``.
+
+    The last two are uint8 (n,). Raises InputError when the file is missing, is not what the
+    record was saved with, or holds anything else.
+    """
+    entry = load_record(folder).predictions
+    content = io.BytesIO(_read_checked(folder, entry))
+    try:
+        with zipfile.ZipFile(content) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise ValueError
+        with np.load(content, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ("probabilities", "predicted", "labels")}
+        kinds = [(array.dtype, array.shape[1:]) for array in found.values()]
+        if kinds != [(np.float16, (10,)), (np.uint8, ()), (np.uint8, ())]:
+            raise ValueError
+        if len({len(array) for array in found.values()}) > 1:
+            raise ValueError
+    except Exception:  # what a damaged or hostile archive raises: BadZipFile, KeyError, ...
+        raise InputError(
+            f"{folder / entry.file}: not the predictions of a run, though its SHA-256 fits."
+        ) from None
+    return found
+
+
+def load_model(folder: Path) -> "keras.Model":
+    """Return the trained model of a run, not compiled, read in Keras's safe mode.
+
+    Raises InputError when it was not kept, is missing, or is not the one of the record.
+    """
+    entry = load_record(folder).model_file
+    if entry is None:
+        raise InputError(f"{folder}: its model was not kept; run it again with keep_model = True.")
+    content = _read_checked(folder, entry)
+    from mnist_utils.training import keras
+
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary, MODEL_FILE)
+            path.write_bytes(content)
+            return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception:  # what Keras raises for a file that is none: ValueError, TypeError, ...
+        raise InputError(
+            f"{folder / entry.file}: not a Keras model, or one of another version."
+        ) from None
+
+
+def model_bytes(model: "keras.Model") -> bytes:
+    """Return a model as a .keras file, without the state of its optimizer."""
+
+    # Not by clone_model, which compiles the copy as well: an optimizer would be saved with it.
+    copy = type(model).from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, MODEL_FILE)
+        copy.save(path)
+        return path.read_bytes()
+
+
+def _read_checked(folder: Path, entry: File) -> bytes:
+    content = _read(folder / entry.file)
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise InputError(f"{folder / entry.file}: not the record's file (its SHA-256 differs).")
+    return content
+
+
+def _read(path: Path) -> bytes:
+    """Return a file's content; raise InputError when it is missing, or too large to be ours."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: larger than any file of a run.")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}.") from None
 
 
 def first_fault(error: ValidationError) -> str:
     """Return the first fault that pydantic found, as "field: what is wrong"."""
-    fault = error.errors()[0]
+    fault = error.errors(include_input=False, include_url=False)[0]
     place = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
@@ -269,7 +413,22 @@ def write_whole(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def describe_architecture(model) -> dict:
+def code_sha256(notebook: nbformat.NotebookNode) -> str:
+    """Return the SHA-256 of the code cells that a run's numbers come from.
+
+    Left out are the cells that hold the parameters (the record has their values) and the one
+    that fetches the helpers.
+    """
+    not_code = {"parameters", "injected-parameters", "setup"}
+    sources = [
+        cell.source.strip()
+        for cell in notebook.cells
+        if cell.cell_type == "code" and not not_code.intersection(cell.metadata.get("tags", []))
+    ]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+
+
+def describe_architecture(model: "keras.Model") -> dict[str, Any]:
     """Read the comparison's columns, the cost and a digest off a built Keras model."""
     layers = model.layers
     convolutions = [layer for layer in layers if _kind(layer) == "Conv2D"]
@@ -287,11 +446,11 @@ def describe_architecture(model) -> dict:
     }
 
 
-def _kind(layer) -> str:
+def _kind(layer: "keras.Layer") -> str:
     return type(layer).__name__
 
 
-def _multiply_adds(layer) -> int:
+def _multiply_adds(layer: "keras.Layer") -> int:
     """Return the multiply-adds that a layer needs for one image; only matrix products count."""
     if _kind(layer) not in ("Conv2D", "Dense"):
         return 0
@@ -305,28 +464,18 @@ def _multiply_adds(layer) -> int:
 # What tells the layers of this collection apart. Names, seeds and precision do not; keys that
 # one Keras version knows and another does not must not change the digest.
 _DIGEST_KEYS = (
-    "filters",
-    "kernel_size",
-    "strides",
-    "padding",
-    "activation",
-    "use_bias",
-    "units",
-    "rate",
-    "pool_size",
-    "momentum",
-    "epsilon",
+    *("filters", "kernel_size", "strides", "padding", "activation", "use_bias", "units", "rate"),
+    *("pool_size", "momentum", "epsilon"),
 )
 
 
-def architecture_digest(model) -> str:
+def architecture_digest(model: "keras.Model") -> str:
     """Return 16 hex digits that say which architecture a model has."""
     layers = []
     for layer in model.layers:
         config = layer.get_config()
         layers.append([_kind(layer), {key: config[key] for key in _DIGEST_KEYS if key in config}])
-    shape = list(model.input_shape[1:])
-    content = json.dumps([shape, layers], sort_keys=True)
+    content = json.dumps([list(model.input_shape[1:]), layers], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -337,33 +486,43 @@ VECTORS = {
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
+# Variables of these libraries change how a run computes.
+LIBRARIES = re.compile("^(TF|XLA|ONEDNN|DNNL|MKL|OMP|KMP|CUDA|CUDNN|NVIDIA|KERAS|OPENBLAS)_")
+USUAL = {"TF_CPP_MIN_LOG_LEVEL", "TF2_BEHAVIOR", "TF_ENABLE_ONEDNN_OPTS=1", "KERAS_HOME"}
+USUAL |= {"KERAS_BACKEND", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"}
 
 
 def describe_environment() -> dict[str, str | int]:
-    """Return versions, processor and device; never a path, a host or a user."""
-    import keras
+    """Return versions, processor, device and what was set; never a path, a host or a user."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     count_cores = getattr(os, "sched_getaffinity", None)
     cores = len(count_cores(0)) if count_cores else os.cpu_count() or 1
+    # A path is somebody's own: of such a variable only the name is kept.
+    variables = [
+        name if "/" in value else f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if LIBRARIES.match(name) and f"{name}={value}" not in USUAL and name not in USUAL
+    ]
     return {
         "python": platform.python_version(),
         "tensorflow": tf.__version__,
-        "keras": keras.__version__,
+        "keras": sys.modules["keras"].__version__,
         "numpy": np.__version__,
         "system": platform.system(),
         "processor": processor(),
         "cores": cores,
-        # A sweep gives each run one thread, by this variable of TensorFlow's.
+        # The headless runner shares the cores out by this variable of TensorFlow's.
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or cores),
         "device": details[0].get("device_name", "GPU") if gpus else "CPU",
+        "variables": " ".join(variables),
     }
 
 
 def processor() -> str:
-    """Return the processor's name and, where Linux tells, its widest vectors; never a host.
+    """Return the processor's name, family, model and, where Linux tells, its widest vectors.
 
     The name alone can hide a factor of two: a virtual machine calls several generations the same.
     """
@@ -371,7 +530,8 @@ def processor() -> str:
         pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         facts = {name.strip(): value.strip() for name, _, value in pairs}
         if name := facts.get("model name"):
+            numbers = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
             flags = facts.get("flags", "").split()
             vectors = [text for flag, text in VECTORS.items() if flag in flags]
-            return ", ".join([name, *vectors[:1]])
+            return ", ".join([name, numbers, *vectors[:1]])
     return platform.processor() or platform.machine()

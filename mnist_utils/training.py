@@ -1,16 +1,20 @@
-"""Set TensorFlow up, and give the models their batches."""
+"""Set TensorFlow up, prepare the data, and give the models their batches."""
 
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
-from mnist_utils.parameters import ALLOWED, InputError, check_batch_size, refusal
+from mnist_utils.data import load_mnist
+from mnist_utils.parameters import ALLOWED, InputError, Parameters, refusal
+
+CLASSES = 10
 
 
 @contextmanager
-def _quiet_stderr():
+def _quiet_stderr() -> Iterator[None]:
     """Keep back what native code writes to standard error; show it if an error is raised.
 
     TensorFlow logs a screenful as it is imported, before its own log level counts.
@@ -33,6 +37,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
 # TensorFlow uses oneDNN's kernels unasked only where a processor has instructions made for
 # networks, such as AVX-512's. They are faster with AVX2 as well: benchmarks/README.md.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever keras.json or the environment say
 with _quiet_stderr():
     import keras
     import tensorflow as tf
@@ -41,43 +46,80 @@ with _quiet_stderr():
 
 
 def set_up(seed: int, precision: str) -> None:
-    """Set the seeds, deterministic operations and the precision, and print the device.
+    """Set all that a run's numbers depend on, and print the device.
 
-    The same seed then gives the same numbers on the same machine. Raises InputError for
-    mixed_float16 without a GPU: there it is slow and loses small gradients.
+    The same seed then gives the same numbers on the same machine, whatever the reader's
+    keras.json says. Raises InputError for mixed_float16 without a GPU, where it is slow and
+    loses small gradients, and where the environment makes float32 less than it says.
     """
     if precision == "mixed_float16" and not GPUS:
         raise refusal("precision", precision, f"{ALLOWED['precision']}; no GPU was found")
-    if keras.backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow":  # Keras was imported before this module
         raise InputError(
-            f"KERAS_BACKEND is {keras.backend.backend()!r}; it must be 'tensorflow' here."
+            f"Keras's backend is {keras.backend.backend()!r}; it must be 'tensorflow': restart "
+            "the kernel."
         )
+    for name in (
+        "ONEDNN_DEFAULT_FPMATH_MODE",
+        "DNNL_DEFAULT_FPMATH_MODE",
+        "TF_SET_ONEDNN_FPMATH_MODE",
+    ):
+        if os.environ.get(name, "STRICT").upper() != "STRICT":
+            raise InputError(
+                f"{name} is {os.environ[name]!r}; it must be unset: the parameter precision says "
+                "how a run computes."
+            )
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_dtype_policy(precision)
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
-    keras.config.set_dtype_policy(precision)
     device = "a GPU" if GPUS else "the CPU"
     print(f"Training on {device}, precision {precision}, seed {seed}.")
 
 
-def prepare_images(images: np.ndarray) -> np.ndarray:
-    """Return uint8 images (n, 28, 28) as float32 in [0, 1], with a channel axis.
+def prepare_data(
+    parameters: Parameters,
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Set up, load and prepare the data as 1_model_a1 does step by step; print what it prints.
 
-    The axis is the last, or the second when keras.config.image_data_format() is
-    "channels_first".
+    Returns ``(x_train, y_train), (x_test, y_test)``: images float32 (n, 28, 28, 1) from 0 to 1,
+    and one-hot labels float64 (n, 10). Raises InputError for data that cannot be read.
     """
-    axis = 1 if keras.config.image_data_format() == "channels_first" else -1
-    return np.expand_dims(images, axis).astype("float32") / np.float32(255)
+    set_up(parameters.seed, parameters.precision)
+    (x_train, y_train), (x_test, y_test) = load_mnist(
+        parameters.dataset, parameters.train_samples, parameters.seed
+    )
+    x_train, x_test = prepare_images(x_train), prepare_images(x_test)
+    print("x_train shape:", x_train.shape)
+    print("x_test shape:", x_test.shape)
+    print(x_train.shape[0], "train samples")
+    print(x_test.shape[0], "test samples")
+    print(y_train.shape)
+    print(y_train)
+    y_train = keras.utils.to_categorical(y_train, CLASSES)
+    y_test = keras.utils.to_categorical(y_test, CLASSES)
+    return (x_train, y_train), (x_test, y_test)
 
 
-def make_batches(x, y, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
+def prepare_images(images: np.ndarray) -> np.ndarray:
+    """Return uint8 images (n, 28, 28) as float32 (n, 28, 28, 1) from 0 to 1."""
+    return images[..., np.newaxis].astype("float32") / np.float32(255)
+
+
+def make_batches(
+    x: np.ndarray, y: np.ndarray, batch_size: int, shuffle_seed: int | None = None
+) -> tf.data.Dataset:
     """Return a tf.data.Dataset of batches of (images, one-hot labels), both float32.
 
     With ``shuffle_seed`` the images are shuffled anew every epoch, in an order that the seed
-    fixes; without it they stay in order. Raises InputError for a ``batch_size`` above the
-    number of images that are to be shuffled.
+    fixes; without it they stay in order. Raises InputError for a ``batch_size`` above the number
+    of images that are to be shuffled.
     """
-    if shuffle_seed is not None:
-        check_batch_size(batch_size, len(x))
+    if shuffle_seed is not None and batch_size > len(x):
+        allowed = f"a whole number from 1 to the number of images to train on, {len(x)}"
+        raise refusal("batch_size", batch_size, allowed)
     with tf.device("CPU"):
         x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
         # Indices are shuffled and a whole batch is gathered at once: much cheaper than a

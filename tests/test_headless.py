@@ -1,264 +1,363 @@
-"""make run: many notebooks, failures, interruptions, and going on."""
+"""make run: papermill on real Dask workers; a notebook of a second stands in where it can."""
 
-import copy
+import json
 import os
 import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
-from dataclasses import replace
-from statistics import median
+import time
+from contextlib import suppress
+from threading import Thread
 
+import dask
 import nbformat
 import papermill
 import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, SMALL, output_text, python, write_npz
-from filelock import FileLock
 
-from mnist_utils.__main__ import main
-from mnist_utils.comparison import reference_runs
-from mnist_utils.headless import Clock, execute, make_task, read_defaults, run_all
+from mnist_utils import headless
+from mnist_utils.__main__ import make_parser, parse_seeds, parse_values
+from mnist_utils.headless import make_tasks, run_notebook, run_tasks, write_run
 from mnist_utils.parameters import SETTINGS, InputError
-from mnist_utils.plotting import format_seconds
-from mnist_utils.runs import load_runs
+from mnist_utils.runs import load_record, load_runs
+
+PARAMETERS = """
+epochs: int = 1
+batch_size: int = 256
+seed: int = 0
+train_samples: "int or None" = None
+dataset = "mnist"
+precision = "float32"
+results_dir: "str or None" = None
+keep_model: bool = True
+"""
+# Saves a record as a model notebook does, but of a run that took half a second an epoch.
+STAND_IN = """
+import hashlib, io, json, os, time
+import numpy as np
+from mnist_utils.data import load_mnist
+from mnist_utils.parameters import check_parameters, dataset_path
+
+parameters = check_parameters(model, globals())
+if dataset != "mnist":
+    load_mnist(str(dataset_path(dataset)))
+for epoch in range(epochs):
+    time.sleep(0.5)
+    print(f"Epoch {epoch + 1}/{epochs}: loss 0.1")
+content, own = io.BytesIO(), seed + 10 * "a1 a2 d".split().index(model)
+np.savez(
+    content,
+    probabilities=np.full((3, 10), own, "float16"),
+    predicted=np.zeros(3, "uint8"),
+    labels=np.zeros(3, "uint8"),
+)
+sha256 = hashlib.sha256(content.getvalue()).hexdigest()
+one = [0.9] * epochs
+folder = parameters.run_folder()
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "predictions.npz").write_bytes(content.getvalue())
+record = {
+    **{"schema_version": 1, "model": model, "title": "", "run": parameters.recorded()},
+    "architecture": {
+        **{"conv_layers": 0, "kernel_sizes": [], "parameters": 1, "macs": 1, "digest": ""},
+        **dict.fromkeys(("max_pool", "padding", "dropout", "batch_normalization"), False),
+    },
+    "history": dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy"), one),
+    **{"test_loss": 0.1, "test_accuracy": 0.9 + seed / 100, "seconds_per_epoch": one},
+    "environment": {"cores": 1, "threads": int(os.environ["TF_NUM_INTRAOP_THREADS"])},
+    "predictions": {"file": "predictions.npz", "sha256": sha256},
+    "code_sha256": os.environ["MNIST_UTILS_CODE_SHA256"],
+}
+(folder / "metrics.json").write_text(json.dumps(record))
+"""
 
 
-def command(results, dataset, *models, **parameters):
-    given = {"epochs": 2, "batch_size": 64, "dataset": dataset} | parameters
-    pairs = [argument for name, value in given.items() for argument in ("-p", f"{name}={value}")]
-    return python("-m", "mnist_utils", "run", "--models", *models, *pairs, "--results-dir", results)
+def notebook_of(*sources, name="mnist"):
+    """Return a notebook of code cells, the parameters first, saved with a strange kernel."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[0].metadata.tags = ["parameters"]
+    kernel = {"name": name, "display_name": name, "language": "python"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
-def run(results, dataset, *models, **parameters):
-    return subprocess.run(
-        command(results, dataset, *models, **parameters), cwd=ROOT, capture_output=True, text=True
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout, as working folder, where stand-ins take the place of A.1, A.2 and D."""
+    folder = tmp_path / "check out"
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "mnist_utils").symlink_to(ROOT / "mnist_utils")
+    for setting in ("a1", "a2", "d"):
+        write_stand_in(folder, setting)
+    comparison = notebook_of("results_dir = None", "import os; os.environ['MNIST_UTILS_RESULTS']")
+    nbformat.write(comparison, folder / "notebooks/8_comparison.ipynb")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write_stand_in(checkout, setting, last=""):
+    """Write a stand-in that ends with some code of its own."""
+    notebook = notebook_of(PARAMETERS, f"model = {setting!r}{STAND_IN}", last)
+    nbformat.write(notebook, checkout / f"notebooks/{SETTINGS[setting].notebook}.ipynb")
+
+
+def command(*models, results=None, seeds="0", **values):
+    pairs = [text for name, value in values.items() for text in ("-p", f"{name}={value}")]
+    given = [*models, "--seeds", seeds, *pairs]
+    where = ["--results-dir", results] if results else []
+    return python("-m", "mnist_utils", "run", "--models", *given, *where)
+
+
+def run(*models, **given):
+    return subprocess.run(command(*models, **given), capture_output=True, text=True)
+
+
+def start(arguments):
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+
+
+def wait_for(path):
+    """Return the code that waits for a file."""
+    return f"while not os.path.exists({str(path)!r}): time.sleep(0.1)"
+
+
+def wait_for_line(process, beginning):
+    """Read a command's lines until one begins so."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def kernels(process):
+    """Return the kernels of notebooks that run below a process."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if "ipykernel_launcher" in child.cmdline() else []
+    return found
+
+
+def recorded(folder, **wanted):
+    """Return the models and seeds of the runs in a folder; none of them may be at fault."""
+    frame, problems = load_runs(folder)
+    assert problems == []
+    return sorted(zip(frame["model"], frame["seed"], strict=True))
 
 
 def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist, tmp_path):
-    first = run(tmp_path, small_mnist, "a2", "a1")
+    given = {"results": tmp_path, "epochs": 2, "batch_size": 64, "dataset": small_mnist}
+    first = subprocess.run(command("a2", "d", **given), cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
-    runs, problems = load_runs(tmp_path)
-    assert problems == []
-    assert sorted(found.record.model for found in runs) == ["a1", "a2"]
-    # Progress with the time left, by notebook and by epoch.
-    assert "Parameters: epochs=2, batch_size=64, dataset=" in first.stdout
-    assert re.search(r"^\[1/2\] a2: training; about .* left for all$", first.stdout, re.MULTILINE)
-    assert len(re.findall(r"^    Epoch [12]/2: loss ", first.stdout, re.MULTILINE)) == 4
-    assert re.search(r"^\| CNN A\.1 .*\n\| CNN A\.2 ", first.stdout, re.MULTILINE)
-    assert (tmp_path / "6_comparison/executed.ipynb").is_file()
-    for found in runs:
-        assert (found.folder / "executed.ipynb").is_file()
-        assert not (found.folder / "executing.ipynb").exists()
-        metadata = nbformat.read(found.folder / "executed.ipynb", 4).metadata
-        assert metadata.papermill.input_path.endswith("executing.ipynb")
+    assert recorded(tmp_path) == [("a2", 0), ("d", 0)]
+    # Each line says whose it is, and the first to be done how long all will take.
+    for name in ("d", "a2"):
+        lines = re.findall(rf"^{name} seed 0: Epoch [12]/2: loss .*$", first.stdout, re.MULTILINE)
+        assert len(lines) == 2
+    assert len(re.findall(r"; about .* left for all$", first.stdout, re.MULTILINE)) == 1
+    *_, table = first.stdout.split("\n+", 1)
+    assert "| CNN A.2 " in table and "| CNN D " in table
+    assert max(map(len, table.splitlines()[:-2])) <= 100
+    frame, _ = load_runs(tmp_path)
+    assert set(frame["threads"]) == {max(1, headless.CPU_COUNT // 2)}
+    assert (tmp_path / "8_comparison/executed.ipynb").is_file()
+    for folder in frame["path"]:
+        names = {path.name.split("-")[0] for path in folder.iterdir()}
+        assert names == {".lock", "executed.ipynb", "metrics.json", "model.keras", "predictions"}
+        text = (folder / "executed.ipynb").read_text()
+        assert "/tmp/tmp" not in text  # nothing of the worker's folder
+        assert (
+            f'dataset = "{small_mnist}"'
+            in nbformat.read(folder / "executed.ipynb", 4).cells[3].source
+        )
 
-    times = {found.folder: (found.folder / "metrics.json").stat().st_mtime_ns for found in runs}
-    second = run(tmp_path, small_mnist, "a2", "a1")
+    times = [(folder / "metrics.json").stat().st_mtime_ns for folder in frame["path"]]
+    second = subprocess.run(command("a2", "d", **given), cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0
-    assert second.stdout.count("recorded already, kept") == 2
-    assert "Epoch 1/2" not in second.stdout
-    for folder, written in times.items():
-        assert (folder / "metrics.json").stat().st_mtime_ns == written
+    assert second.stdout.startswith("2 runs, 2 recorded already.\n+")
+    assert times == [(folder / "metrics.json").stat().st_mtime_ns for folder in frame["path"]]
 
 
-def test_failing_notebooks_are_named_and_the_others_go_on(small_mnist, tmp_path):
-    (tmp_path / "mnist_utils").symlink_to(ROOT / "mnist_utils")
-    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
-    breaks = {
-        "a1": ("raise RuntimeError('broken')", "RuntimeError: broken"),
-        "c": ("import os\nos._exit(1)", "Kernel died"),
-    }
-    for setting, (code, _) in breaks.items():
-        path = tmp_path / f"notebooks/{SETTINGS[setting].notebook}.ipynb"
-        notebook = nbformat.read(path, 4)
-        notebook.cells.insert(6, nbformat.v4.new_code_cell(code))
-        nbformat.write(notebook, path)
-    done = subprocess.run(
-        command("runs", small_mnist, "a1", "c", "a2"), cwd=tmp_path, capture_output=True, text=True
-    )
+def test_failing_notebooks_are_named_and_the_others_go_on(checkout):
+    write_stand_in(checkout, "d", "raise RuntimeError('broken')")
+    write_stand_in(checkout, "a2", "os._exit(1)")
+    done = run("d", "a2", "a1")
     assert done.returncode == 1
-    for setting, (_, message) in breaks.items():
-        (line,) = re.findall(rf"^\[./3\] {setting}: FAILED .*$", done.stdout, re.MULTILINE)
+    for setting, message in (("d", "RuntimeError: broken."), ("a2", "Kernel died")):
+        (line,) = re.findall(rf"^{setting} seed 0: FAILED after .*$", done.stdout, re.MULTILINE)
         assert message in line
-        assert line.endswith("failed.ipynb")
-        assert (tmp_path / re.search(r"executed copy: (\S+)$", line)[1]).is_file()
-    assert "2 failed: a1, c\n" in done.stderr
-    assert "Traceback" not in done.stderr
-    ((run,), problems) = load_runs(tmp_path / "runs")
-    assert (run.record.model, problems) == ("a2", [])
+        assert nbformat.read(line.split(" Its executed copy: ")[1], 4).cells
+    assert done.stderr == "2 failed: d seed 0, a2 seed 0\n"
+    # Mended and run again, it leaves nothing of the failure, nor of a process killed as it wrote.
+    (folder,) = (checkout / "runs/d").iterdir()
+    (folder / ".metrics.json.1.part").write_text("{")
+    write_stand_in(checkout, "d")
+    assert run("d", "a1").returncode == 0
+    assert {path.name for path in folder.iterdir()} == {
+        *(".lock", "executed.ipynb", "metrics.json", "predictions.npz")
+    }
 
 
-def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, tmp_path):
+def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, checkout):
     tiny = small_arrays | {name: small_arrays[name][:32] for name in ("x_train", "y_train")}
-    wrong = small_arrays | {"x_test": small_arrays["x_test"] / 255}
-    for arrays, message in (
-        (tiny, "batch_size is 64; it must be a whole number from 1 to the number of images"),
-        (wrong, "x_test is float64; it must be uint8."),
+    (checkout / "broken.npz").write_text("no arrays")
+    for path, message in (
+        (write_npz(checkout / "tiny.npz", tiny), "batch_size is 256; it must be"),
+        (checkout / "broken.npz", "broken.npz"),
     ):
-        done = run(tmp_path / "runs", write_npz(tmp_path / "bad.npz", arrays), "a1", "a2")
-        assert (done.returncode, done.stdout) == (2, "")
+        done = run("a1", "a2", dataset=path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert message in done.stderr
-        assert done.stderr.count("\n") == 1
-
-
-def start_and_wait_for_the_second(arguments):
-    """Start a run of two models, and return it when the second one is training."""
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    second = False
-    for line in process.stdout:
-        second = second or line.startswith("[2/2]")
-        if second and re.match(r" +Epoch +1/", line):
-            return process
-    raise AssertionError("the run ended before the second model trained")
+        assert "Epoch" not in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_an_interrupted_run_goes_on_where_it_stopped(small_mnist, tmp_path):
-    arguments = command(tmp_path, small_mnist, "a2", "a1", epochs=12)
-    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = start_and_wait_for_the_second(arguments)
-        below = psutil.Process(process.pid).children(recursive=True)
-        assert any("ipykernel_launcher" in child.cmdline() for child in below)
-        process.send_signal(sent)
-        assert process.wait(timeout=120) == code
-        # No half record, and in time no kernel either: it sees that its parent is gone.
-        ((first,), problems) = load_runs(tmp_path)
-        assert (first.record.model, problems) == ("a2", [])
-        _, alive = psutil.wait_procs(below, timeout=60)
-        assert alive == []
-    assert "Interrupted. What is recorded is kept" in process.stdout.read()
-
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "[1/2] a2: recorded already, kept" in done.stdout
-    assert "[2/2] a1: training" in done.stdout
-    runs, problems = load_runs(tmp_path)
-    assert ([run.record.model for run in runs], problems) == (["a1", "a2"], [])
-    assert not list(tmp_path.glob("*/*/executing.ipynb"))
-
-
-def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp_path):
-    prepared, executed = tmp_path / "prepared.ipynb", tmp_path / "executed.ipynb"
-    papermill.execute_notebook(
-        NOTEBOOKS / "2_model_a2.ipynb",
-        prepared,
-        {"epochs": 2, "batch_size": 64, "dataset": str(small_mnist), "results_dir": str(tmp_path)},
-        prepare_only=True,
-    )
-    subprocess.run(
-        python("-m", "nbconvert", "--execute", "--to", "notebook", "--output", executed, prepared),
-        cwd=ROOT,
-        check=True,
-    )
-    (cell,) = [c for c in nbformat.read(executed, 4).cells if "model.fit(" in c.source]
-    assert len([o for o in cell.outputs if "image/png" in o.get("data", {})]) == 1
-    assert "".join(o.text for o in cell.outputs if "text" in o).count("Epoch ") == 2
-
-
-def test_only_a_run_by_the_same_code_with_all_its_files_counts(executed, small_mnist, tmp_path):
-    given = SMALL | {"dataset": str(small_mnist), "results_dir": str(tmp_path)}
-    task, done = make_task("a2", given), executed("a2")
-    shutil.copytree(done.run.folder, task.folder, dirs_exist_ok=True)
-    shutil.copy(done.path, task.folder / "executed.ipynb")
-    assert task.finished_run()
-    other = copy.deepcopy(task.notebook)
-    other.cells[-1].source += "\n# changed"
-    assert not replace(task, notebook=other).finished_run()
-
-    def without(name, content=None):
-        """Is the run finished with this file gone, or with another content?"""
-        (file,) = task.folder.glob(name)
-        kept = file.read_bytes()
-        file.unlink()
-        if content:
-            file.write_text(content)
-        finished = task.finished_run()
-        file.write_bytes(kept)
-        assert task.finished_run()
-        return finished
-
-    assert not without("executed.ipynb")
-    assert not without("predictions-*.npz")
-    record = (task.folder / "metrics.json").read_text()
-    assert '"seed": 3' in record
-    assert not without("metrics.json", record.replace('"seed": 3', '"seed": 1'))
-
-
-def test_the_time_left_follows_the_reference_runs_and_the_pace_here(tmp_path):
-    given = {"results_dir": str(tmp_path)}
-    tasks = [make_task(setting, given) for setting in ("a2", "a1", "c")]
-    clock = Clock(tasks, 60_000)
-    references = reference_runs(load_runs(ROOT / "results")[0])
-    a2, a1, c = (
-        10 + 10 * median(references[s].record.seconds_per_epoch) for s in ("a2", "a1", "c")
-    )
-    assert sum(clock.expected.values()) == pytest.approx(a2 + a1 + c, rel=0.05)
-    left = sum(clock.expected.values()) - clock.expected["a2"]
-    clock.done(tasks[0], 2 * clock.expected["a2"])  # twice as slow here
-    assert clock.left() == f"about {format_seconds(2 * left)} left"
-    clock.skip(tasks[1])
-    assert sum(clock.expected.values()) == pytest.approx(c, rel=0.05)
-
-
-def test_two_processes_do_not_run_the_same(small_mnist, tmp_path):
-    task = make_task("a2", {"dataset": str(small_mnist), "results_dir": str(tmp_path)})
-    with FileLock(task.folder / ".lock"):
-        problem = execute(task.notebook, task.given, task.folder)
-    assert problem == f"Another process is running it in {task.folder}."
-
-
-def test_a_parameter_that_contradicts_the_setting_is_refused():
-    with pytest.raises(InputError, match="first_kernel_size is 3; for c7 it must be 7"):
-        make_task("c7", {"first_kernel_size": 3})
-
-
-def test_values_of_another_setting_make_a_task_that_one(tmp_path):
-    def setting(name, **given):
-        return make_task(name, given | {"results_dir": str(tmp_path)}).setting
-
-    assert setting("d-speed", budget="accuracy") == "d-accuracy"
-    assert setting("c", first_kernel_size=7) == "c7"
-    assert setting("c", first_kernel_size=3) == "c"
-    assert setting("a1", seed=7) == "a1"
-
-
-def test_settings_that_the_parameters_make_one_are_run_once(
-    small_mnist, tmp_path, monkeypatch, capsys
-):
-    ran = []
-    monkeypatch.setattr("mnist_utils.headless.execute", lambda *_: ran.append(1) or "Not run.")
-    given = {"first_kernel_size": 7, "batch_size": 64, "dataset": str(small_mnist)}
-    assert run_all(["c", "c7", "c"], given | {"results_dir": str(tmp_path)}) == 1
-    assert len(ran) == 2  # the comparison is the other
-    assert capsys.readouterr().err == "2 failed: c7, 6_comparison\n"
-
-
 @pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("train_samples = 5000  # = 500 of each digit", 5000),
-        ('dataset = "a#1.npz"', "a#1.npz"),
-        ("train_samples = 60_000 // 10", None),
-        ("train_samples =", None),
-        ("epochs += 1", None),
-    ],
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
-def test_an_edited_parameters_cell_is_read_as_python_or_refused(line, found, tmp_path):
-    notebook = nbformat.read(NOTEBOOKS / "2_model_a2.ipynb", 4)
-    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    cell.source += f"\n{line}"
-    path = tmp_path / "2_model_a2.ipynb"
-    nbformat.write(notebook, path)
-    if found is None:
-        with pytest.raises(InputError, match=r"^2_model_a2\.ipynb has a parameters cell that"):
-            read_defaults(path, 0)
+def test_an_interrupted_run_goes_on_where_it_stopped(sent, code, checkout):
+    write_stand_in(checkout, "a1", wait_for(checkout / "go"))
+    process = start(command("d", "a1"))
+    wait_for_line(process, "a1 seed 0: Epoch 1")
+    while not recorded(checkout / "runs"):
+        time.sleep(0.1)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert kernels(process)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does: to the workers as well
     else:
-        assert read_defaults(path, 0)[1][line.split(" =")[0]] == found
+        process.send_signal(sent)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors == "" or sent == signal.SIGKILL
+    sentence = "Interrupted. What is recorded is kept; the same command goes on from there.\n"
+    assert output.endswith(sentence) == (sent != signal.SIGKILL)
+    assert "FAILED" not in output
+    _, alive = psutil.wait_procs(below, timeout=30)
+    assert alive == []
+    assert recorded(checkout / "runs") == [("d", 0)]
+    (checkout / "go").touch()
+    done = run("d", "a1")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "2 runs, 1 recorded already.")
+    assert recorded(checkout / "runs") == [("a1", 0), ("d", 0)]
+
+
+def test_two_commands_at_once_share_the_work(checkout):
+    write_stand_in(checkout, "d", wait_for(checkout / "go"))
+    first = start(command("d", "a1"))
+    wait_for_line(first, "d seed 0: Epoch 1")
+    second = start(command("d", "a2"))
+    wait_for_line(second, "d seed 0: another command is training it")
+    (checkout / "go").touch()
+    outputs = [process.communicate(timeout=300) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert "d seed 0: recorded by another command\n" in outputs[1][0]
+    trained = re.findall(
+        r"^(\w+) seed 0: test accuracy", outputs[0][0] + outputs[1][0], re.MULTILINE
+    )
+    assert sorted(trained) == ["a1", "a2", "d"]
+
+
+def test_a_worker_that_is_killed_here_is_replaced(checkout):
+    process = start(command("d", epochs=4))
+    wait_for_line(process, "d seed 0: Epoch 1")
+    (kernel,) = kernels(process)
+    kernel.parent().kill()
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    assert output.count("Epoch 1/4") == 1  # the second first epoch; the first one was read above
+    psutil.wait_procs([kernel], timeout=10)
+    assert recorded(checkout / "runs") == [("d", 0)]
+
+
+def test_when_nobody_reads_the_output_any_more_it_ends_quietly(checkout):
+    process = start(command("d", epochs=60))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_a_full_disk_is_said_and_no_truncated_copy_is_named(checkout):
+    write_stand_in(checkout, "d", "print(100_000 * '.')")
+    (task,) = make_tasks(["d"], {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        done = run("d")  # the worker's disk is full
+        problem = write_run(task, {"failed.ipynb": bytes(100_000)}, "It broke.")  # the client's
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.returncode == 1
+    (line,) = re.findall(r"^d seed 0: FAILED .*$", done.stdout, re.MULTILINE)
+    for text in (line, problem):
+        assert "File too large" in text
+        assert "executed copy" not in text
+    assert problem.startswith("It broke. ")
+    assert [path.name for path in task.folder.iterdir()] == [".lock"]
+
+
+def test_nothing_of_the_users_dask_or_jupyter_disturbs_a_run(checkout, monkeypatch):
+    (checkout / "dask.yaml").write_text("distributed: {comm: {require-encryption: true}}")
+    monkeypatch.setenv("DASK_CONFIG", str(checkout / "dask.yaml"))
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:1")
+    for name in ("mnist", "python3"):  # kernels that end at once
+        (checkout / "jupyter/kernels" / name).mkdir(parents=True)
+        text = json.dumps({"argv": ["false"], "display_name": "", "language": "python"})
+        (checkout / "jupyter/kernels" / name / "kernel.json").write_text(text)
+    monkeypatch.setenv("JUPYTER_PATH", str(checkout / "jupyter"))
+    done = run("d")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
+def test_without_a_loopback_address_it_is_said_in_a_sentence(checkout):
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("needs a network namespace")
+    done = subprocess.run(["unshare", "-rn", *command("d")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "Network is unreachable" in done.stderr
+
+
+def test_a_damaged_record_is_named(checkout):
+    assert run("d", seeds="0-1").returncode == 0
+    (checkout / "runs/d").joinpath(
+        "epochs1-batch256-samples-all-mnist-float32-seed1/metrics.json"
+    ).write_text("{")
+    done = run("d")
+    assert done.returncode == 0
+    assert re.search(r"^Left out: .*seed1/metrics\.json: not JSON", done.stdout, re.MULTILINE)
+
+
+def test_only_a_run_by_the_same_code_with_all_its_files_counts(checkout):
+    (task,) = make_tasks(["d"], {})
+    assert run_tasks([task]) == []
+    assert task.finished_run()
+    write_stand_in(checkout, "d", "# changed")
+    assert not make_tasks(["d"], {})[0].finished_run()
+    record = (task.folder / "metrics.json").read_text()
+    for name, content in (
+        ("executed.ipynb", None),
+        ("predictions.npz", None),
+        ("predictions.npz", "other"),
+        ("metrics.json", record.replace('"seed": 0', '"seed": 1')),
+    ):
+        kept = (task.folder / name).read_bytes()
+        (task.folder / name).unlink()
+        if content:
+            (task.folder / name).write_text(content)
+        assert not task.finished_run()
+        (task.folder / name).write_bytes(kept)
+        assert task.finished_run()
 
 
 def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch):
@@ -272,75 +371,372 @@ def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch)
         "    if starts.stat().st_size < int(os.environ['LIVES_AT']):\n"
         "        os._exit(1)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('ran')")])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "", "language": "python"}
-    monkeypatch.setenv("LIVES_AT", "3")
-    assert execute(notebook, {}, tmp_path / "third") is None
-    assert output_text(nbformat.read(tmp_path / "third/executed.ipynb", 4)) == "ran\n"
-    monkeypatch.setenv("LIVES_AT", "7")
-    assert "Kernel died before replying" in execute(notebook, {}, tmp_path / "never")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    text = nbformat.writes(notebook_of("", "print('ran', cost)"))
+    # What a path may hold gets to the kernel as it is.
+    environment = {"LIVES_AT": "3", "cost": "$HOME '$$'"}
+    code = text.replace("cost)", "__import__('os').environ['cost'])")
+    files, problem = run_notebook(code, {}, environment, print, {})
+    assert problem is None
+    executed = nbformat.reads(files["executed.ipynb"].decode(), 4)
+    assert output_text(executed) == "ran $HOME '$$'\n"
+    files, problem = run_notebook(code, {}, environment | {"LIVES_AT": "7"}, print, {})
+    assert "Kernel died before replying" in problem
     assert (tmp_path / "starts").read_text() == 6 * "."
 
 
-def test_make_hands_its_variables_to_the_command_line():
-    values = {
-        "EPOCHS": "3",
-        "BATCH_SIZE": "32",
-        "SEED": "7",
-        "TRAIN_SAMPLES": "500",
-        "PRECISION": "mixed_bfloat16",
-        "DATASET": "some file.npz",
-    }
+def test_tasks_are_the_small_ones_first_and_one_seed_of_all_before_the_next(tmp_path):
+    values = {"results_dir": [str(tmp_path)], "batch_size": [64, 256], "seed": [2, 0]}
+    tasks = make_tasks(list(SETTINGS), values)
+    assert len({task.folder for task in tasks}) == len(tasks) == 4 * len(SETTINGS)
+    assert [task.setting for task in tasks[:7]] == ["d", "a2", "a1", "e", "c", "c7", "b"]
+    assert [task.parameters.seed for task in tasks] == [2] * 14 + [0] * 14
+    assert tasks[0].name == "d batch_size 64 seed 2"
+    assert tasks[0].given == {"results_dir": str(tmp_path), "batch_size": 64, "seed": 2}
 
-    def commands(*arguments):
-        # Not what an outer make was given, such as make test SEED=1.
-        clean = {k: v for k, v in os.environ.items() if k not in (*values, "MAKEFLAGS")}
+
+def test_values_of_another_setting_make_a_task_that_one_and_doubles_are_run_once(tmp_path):
+    where = {"results_dir": [str(tmp_path)]}
+
+    def settings(*models, **values):
+        return [task.setting for task in make_tasks(list(models), where | values)]
+
+    assert settings("c", first_kernel_size=[7]) == ["c7"]
+    assert settings("c", first_kernel_size=[3]) == ["c"]
+    assert settings("c7", "c", "c7", first_kernel_size=[7, 7], seed=[0, 0]) == ["c7"]
+    with pytest.raises(InputError, match="first_kernel_size is 3; for c7 it must be 7"):
+        settings("c7", first_kernel_size=[3])
+    with pytest.raises(InputError, match="momentum is not a parameter of 2_model_a2"):
+        settings("a2", momentum=[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("train_samples = 5000  # = 500 of each digit", 5000),
+        ("train_samples: int = 5000", 5000),
+        ('dataset = "a#1.npz"', "a#1.npz"),
+        ("train_samples = 60_000 // 10", None),
+        ("train_samples =", None),
+        ("train_samples: int", None),
+        ("epochs += 1", None),
+    ],
+)
+def test_an_edited_parameters_cell_is_read_as_python_or_refused(line, found):
+    notebook = notebook_of(f"{PARAMETERS}\n{line}")
+    if found is None:
+        with pytest.raises(InputError, match=r"^a2 has a parameters cell that cannot be read"):
+            headless.read_defaults(notebook, "a2")
+    else:
+        assert headless.read_defaults(notebook, "a2")[re.match(r"\w+", line)[0]] == found
+
+
+def values(*arguments):
+    return parse_values(make_parser().parse_args(["run", *arguments]))
+
+
+def test_the_command_line_is_read():
+    pairs = ("epochs=2", "epochs=3", "train_samples=None", "keep_model=False", "dataset=a=b")
+    found = values(*(text for pair in pairs for text in ("-p", pair)), "--results-dir", "5")
+    assert found == {
+        **{"epochs": [2, 3], "train_samples": [None], "keep_model": [False]},
+        **{"dataset": ["a=b"], "results_dir": ["5"]},
+    }
+    assert values("--seeds", "0-2")["seed"] == values("-p", "seed=0", "-p", "seed=1")["seed"] + [2]
+    for arguments, message in (
+        (("-p", "results_dir=5"), "results_dir is given by --results-dir"),
+        (("-p", "seed=1", "--seeds", "2"), "seed is given twice"),
+        (("-p", "epochs"), "it must be NAME=VALUE"),
+        (("--workers", "0"), "workers is 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            values(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0-4", [0, 1, 2, 3, 4]), ("3", [3]), ("0,2,7-9", [0, 2, 7, 8, 9])]
+)
+def test_seeds_are_read(text, expected):
+    assert parse_seeds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "-1", "a", "1-", "1.5", "0-4-5", "4-0", "4294967296"])
+def test_bad_seeds_are_refused(text):
+    with pytest.raises(InputError, match="it must be like 0-4"):
+        parse_seeds(text)
+
+
+def test_make_hands_its_variables_to_the_command_line(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))")
+    fake.chmod(0o755)
+    for name in ("installed", "linked"):
+        (tmp_path / name).touch()
+    known = {"EPOCHS", "BATCH_SIZE", "SEEDS", "TRAIN_SAMPLES", "PRECISION", "DATASET", "MODELS"}
+    known |= {"RESULTS_DIR", "SCHEDULER", "WORKERS", "KEEP_MODEL", "MAKEFLAGS"}
+
+    def arguments(target, **given):
+        places = {"BIN": tmp_path, "INSTALLED": tmp_path / "installed"}
+        places |= {"LINKED": tmp_path / "linked"}
         done = subprocess.run(
-            ["make", "-n", *arguments],
+            ["make", "-s", target, *(f"{k}={v}" for k, v in (places | given).items())],
             cwd=ROOT,
-            env=clean,
+            env={k: v for k, v in os.environ.items() if k not in known},
             capture_output=True,
             text=True,
             check=True,
         )
-        return done.stdout
+        return json.loads(done.stdout.splitlines()[-1])
 
-    text = commands(
-        "run", *(f"{k}={v}" for k, v in values.items()), "RESULTS_DIR=there", "MODELS=a1 c"
-    )
-    for name, value in values.items():
-        assert f"-p '{name.lower()}={value}'" in text
-    assert "--results-dir 'there'" in text
-    assert "run --models a1 c " in text
-    assert re.search(r"-p 'epochs=2' +-p 'train_samples=1000'", commands("quick"))
-    assert " -p " not in commands("run")
-    assert "--models" not in commands("run")
-    text = commands("sweep", "SEEDS=0-4", "MODELS=a1 a2", "SCHEDULER=tcp://host:8786", "EPOCHS=3")
-    given = "sweep --models a1 a2 --seeds '0-4' --scheduler 'tcp://host:8786' -p 'epochs=3'"
-    assert given in re.sub(r"[\s\\]+", " ", text)
-
-
-def test_several_values_of_a_parameter_are_refused_where_one_is_taken(capsys):
-    assert main(["run", "--models", "a2", "-p", "epochs=1", "-p", "epochs=2"]) == 2
-    assert capsys.readouterr().err == "epochs has 2 values; run takes one, sweep several.\n"
+    assert arguments("run") == ["-m", "mnist_utils", "run"]
+    path = 'it\'s a $(file) "$HOME"'
+    given = {"MODELS": "a1 c", "SEEDS": "0-4", "EPOCHS": "3", "DATASET": path, "RESULTS_DIR": "5"}
+    options = make_parser().parse_args(arguments("run", SCHEDULER="tcp://h:1", **given)[2:])
+    assert (options.models, options.scheduler) == (["a1", "c"], "tcp://h:1")
+    assert parse_values(options) == {
+        **{"epochs": [3], "dataset": [path], "results_dir": ["5"], "seed": [0, 1, 2, 3, 4]}
+    }
+    assert "dataset=mnist-small" in arguments("quick")
 
 
 @pytest.mark.parametrize("folder", [ROOT, NOTEBOOKS])
 def test_plain_papermill_works_from_the_root_and_from_notebooks(folder, small_mnist, tmp_path):
     notebook = os.path.relpath(NOTEBOOKS / "2_model_a2.ipynb", folder)
+    given = SMALL | {"epochs": 1, "dataset": small_mnist, "results_dir": tmp_path / "runs"}
+    pairs = [text for name, value in given.items() for text in ("-p", name, value)]
     done = subprocess.run(
-        python(
-            *("-m", "papermill", notebook, tmp_path / "out.ipynb"),
-            *("-p", "epochs", 1, "-p", "batch_size", 64, "-p", "train_samples", 100),
-            *("-p", "dataset", small_mnist, "-p", "results_dir", tmp_path / "runs"),
-        ),
+        python("-m", "papermill", notebook, tmp_path / "out.ipynb", *pairs),
         cwd=folder,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    ((found,), problems) = load_runs(tmp_path / "runs")
-    assert problems == []
-    assert found.record.run.train_samples == 100
-    assert found.record.code_sha256 is None
+    frame, problems = load_runs(tmp_path / "runs")
+    assert (problems, list(frame["seed"]), list(frame["by_hand"])) == ([], [3], [True])
+
+
+def test_nbconvert_executes_a_notebook_and_leaves_one_loss_plot(small_mnist, tmp_path):
+    prepared, executed = tmp_path / "prepared.ipynb", tmp_path / "executed.ipynb"
+    given = SMALL | {"dataset": str(small_mnist), "results_dir": str(tmp_path)}
+    source = NOTEBOOKS / "2_model_a2.ipynb"
+    papermill.execute_notebook(source, prepared, given, prepare_only=True)
+    subprocess.run(
+        python("-m", "nbconvert", "--execute", "--to", "notebook", "--output", executed, prepared),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (cell,) = [c for c in nbformat.read(executed, 4).cells if "model.fit(" in c.source]
+    assert len([o for o in cell.outputs if "image/png" in o.get("data", {})]) == 1
+    assert "".join(o.text for o in cell.outputs if "text" in o).count("Epoch ") == 2
+
+
+# On a cluster: a scheduler and workers as processes of their own, in folders of their own.
+
+
+@pytest.fixture
+def cluster(checkout, tmp_path):
+    """Return a function that starts a scheduler and two workers."""
+    processes = []
+
+    def start_process(name, *arguments, **variables):
+        folder = tmp_path / name
+        folder.mkdir()
+        process = subprocess.Popen(
+            python("-m", *arguments),
+            cwd=folder,
+            env=os.environ | variables,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        processes.append(process)
+        return process
+
+    class Cluster:
+        def __init__(self, *options, workers=2, **variables):
+            file = tmp_path / "scheduler.json"
+            where = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+            where += ("--scheduler-file", file, *options)
+            self.scheduler = start_process(
+                "scheduler", "distributed.cli.dask_scheduler", *where, **variables
+            )
+            while not file.exists() or not file.read_text().endswith("}"):
+                time.sleep(0.1)
+            self.address = json.loads(file.read_text())["address"]
+            self.workers = [self.add_worker(str(number)) for number in range(workers)]
+
+        def add_worker(self, name, threads=1, **variables):
+            options = ("--host", "127.0.0.1", "--nthreads", threads, "--no-nanny")
+            options += ("--no-dashboard", "--name", name)
+            return start_process(
+                name, "distributed.cli.dask_worker", self.address, *options, **variables
+            )
+
+    yield Cluster
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def in_background(function):
+    thread = Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_in_mid_run(worker):
+    while not kernels(worker):
+        time.sleep(0.05)
+    worker.kill()
+
+
+def test_every_run_is_recorded_once_though_a_worker_is_killed(cluster, checkout, capsys):
+    there = cluster()
+    tasks = make_tasks(["d"], {"seed": list(range(4))})
+    killer = in_background(lambda: kill_in_mid_run(there.workers[0]))
+    assert run_tasks(tasks, there.address) == []
+    killer.join(timeout=10)
+    assert there.workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert recorded(checkout / "runs") == [("d", seed) for seed in range(4)]
+    assert {load_record(task.folder).environment["threads"] for task in tasks} == {1}
+    assert capsys.readouterr().out.count("test accuracy") == 4
+    # What is recorded is not run again, and needs no cluster.
+    assert run_tasks(tasks, "tcp://127.0.0.1:1") == []
+    assert capsys.readouterr().out == "4 runs, 4 recorded already.\n"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_data_set_travels_and_outlives_the_only_worker_that_has_it(
+    folder, cluster, checkout, small_mnist, small_arrays
+):
+    data = checkout / "mnist"  # not the embedded one, though of its name
+    if folder:
+        data.mkdir()
+        for name, array in small_arrays.items():
+            file = name.replace("x", "images").replace("y", "labels").replace("test", "t10k")
+            kind, part = file.split("_")
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            path = data / f"{part}-{kind}-idx{array.ndim}-ubyte"
+            path.write_bytes(header + array.tobytes())
+    else:
+        shutil.copy(small_mnist, data)
+    there = cluster(workers=1)
+    (worker,) = there.workers
+
+    def take_its_place():
+        kill_in_mid_run(worker)
+        there.add_worker("late")
+
+    tasks = make_tasks(["d"], {"seed": [0, 1], "dataset": ["./mnist"]})
+    in_background(take_its_place)
+    assert run_tasks(tasks, there.address) == []
+    assert worker.wait(timeout=10) == -signal.SIGKILL
+    assert recorded(checkout / "runs") == [("d", 0), ("d", 1)]
+    # Nothing of the worker's folders is in what came back.
+    executed = nbformat.read(tasks[0].folder / "executed.ipynb", 4)
+    assert 'dataset = "./mnist"' in executed.cells[1].source
+
+
+def test_a_worker_that_joins_late_gets_its_share_and_an_unfit_one_nothing(
+    cluster, checkout, capsys
+):
+    there = cluster(workers=1)
+    late = []
+
+    def join_late():
+        while not kernels(there.workers[0]):
+            time.sleep(0.05)
+        late.append(there.add_worker("unfit", threads=2))
+        late.append(there.add_worker("late"))
+        while not kernels(late[1]):
+            time.sleep(0.05)
+        late.append("took part")
+
+    in_background(join_late)
+    assert (
+        run_tasks(make_tasks(["d"], {"seed": list(range(6)), "epochs": [8]}), there.address) == []
+    )
+    assert late[2:] == ["took part"]
+    assert recorded(checkout / "runs") == [("d", seed) for seed in range(6)]
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^The worker tcp://\S+ has 2 threads; .* It is not used\.$", said, re.MULTILINE
+    )
+
+
+def test_where_no_worker_is_fit_it_is_said_in_a_sentence(cluster, checkout, tmp_path, monkeypatch):
+    there = cluster(workers=0)
+    there.add_worker("two threads", threads=2)
+    tasks = make_tasks(["d"], {})
+    with pytest.raises(InputError, match=r"has 2 threads; it must have one: .* --nthreads 1"):
+        run_tasks(tasks, there.address)
+    there.add_worker("fit")
+    versions = headless.package_versions()
+    for other in ({"numpy": "9.9"}, {"code of mnist_utils": "0"}):
+        monkeypatch.setattr(headless, "package_versions", lambda here=other: versions | here)
+        with pytest.raises(InputError, match=r"has (2 threads|numpy|code of mnist_utils)"):
+            run_tasks(tasks, there.address)
+    assert recorded(checkout / "runs") == []
+
+
+@pytest.mark.parametrize("part", ["scheduler", "worker"])
+def test_a_cluster_without_the_package_is_named(part, cluster, checkout, tmp_path):
+    hidden = tmp_path / "hidden" / "mnist_utils"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ModuleNotFoundError(\"No module 'mnist_utils'\")")
+    without = {"PYTHONPATH": str(hidden.parent)}
+    there = cluster(workers=0, **(without if part == "scheduler" else {}))
+    there.add_worker("0", **(without if part == "worker" else {}))
+    with pytest.raises(InputError, match=r"cannot run the notebooks: .*; it needs this package"):
+        run_tasks(make_tasks(["d"], {}), there.address)
+
+
+def test_a_scheduler_that_is_lost_is_said_and_nothing_recorded_is_lost(cluster, checkout, capsys):
+    there = cluster()
+
+    def kill_when_one_is_recorded():
+        while not recorded(checkout / "runs"):
+            time.sleep(0.05)
+        there.scheduler.kill()
+
+    in_background(kill_when_one_is_recorded)
+    with pytest.raises(InputError, match=r"connection to the scheduler was lost .* same command"):
+        run_tasks(make_tasks(["d"], {"seed": list(range(20))}), there.address)
+    assert 0 < len(recorded(checkout / "runs")) < 20
+    assert "FAILED" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_runs_travel_over_tls_as_the_page_says(cluster, checkout, tmp_path, monkeypatch):
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    commands = page.split("```sh\n")[1].split("```")[0]
+    subprocess.run(["sh", "-e", "-c", commands], cwd=secret, check=True, capture_output=True)
+    configuration = page.split("```yaml\n")[1].split("```")[0]
+    (secret / "tls.yaml").write_text(configuration.replace("/path/to", str(secret)))
+    monkeypatch.setenv("DASK_CONFIG", str(secret / "tls.yaml"))
+    there = cluster("--protocol", "tls")
+    assert there.address.startswith("tls://")
+    tasks = make_tasks(["d"], {})
+    dask.config.refresh(paths=[], env={})
+    with pytest.raises(InputError, match="scheduler is 'tls://"):
+        run_tasks(tasks, there.address)  # without the key nobody gets in
+    dask.config.refresh(paths=[str(secret)])
+    try:
+        assert run_tasks(tasks, there.address) == []
+    finally:
+        dask.config.refresh(paths=[], env={})
+    assert recorded(checkout / "runs") == [("d", 0)]
+
+
+def test_a_scheduler_that_cannot_be_reached_is_named(checkout):
+    with pytest.raises(InputError, match=r"scheduler is 'tcp://127\.0\.0\.1:1'.*it must be"):
+        run_tasks(make_tasks(["d"], {}), "tcp://127.0.0.1:1")
+
+
+def test_a_run_that_kills_its_worker_again_and_again_is_named(checkout):
+    write_stand_in(checkout, "d", "import signal; os.kill(os.getppid(), signal.SIGKILL)")
+    done = run("d")
+    assert (done.returncode, done.stderr) == (1, "1 failed: d seed 0\n")
+    assert re.search("d seed 0: FAILED .* Its worker died 4 times", done.stdout)

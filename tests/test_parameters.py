@@ -1,144 +1,180 @@
-"""Bad parameters: one plain sentence, before anything is loaded or trained."""
+"""Parameters: bad ones get one plain sentence before anything runs; and where things lie."""
 
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
-from conftest import NOTEBOOKS, ROOT, python, write_npz
+from conftest import ROOT, execute, python, write_npz
 
 from mnist_utils import parameters
-from mnist_utils.parameters import SETTINGS, InputError, check_parameters
+from mnist_utils.parameters import (
+    CODE_VARIABLE,
+    DATASET_VARIABLE,
+    RESULTS_VARIABLE,
+    SETTINGS,
+    InputError,
+    check_parameters,
+    project_folder,
+    results_folder,
+    title_of,
+)
 from mnist_utils.training import GPUS, set_up
 
-GOOD = {"epochs": 10, "batch_size": 256, "seed": 0}
+GOOD = {"epochs": 10, "batch_size": 16, "seed": 0, "train_samples": None, "dataset": "mnist"}
+GOOD |= {"precision": "float32", "results_dir": None, "keep_model": True}
 
-BAD = [
-    ("epochs", 0),
-    ("epochs", -1),
-    ("epochs", 2.5),
-    ("epochs", "ten"),
-    ("epochs", True),
-    ("epochs", None),
-    ("batch_size", 0),
-    ("batch_size", 60_001),
-    ("batch_size", 32.0),
-    ("seed", -1),
-    ("seed", 2**32),
-    ("seed", "0"),
-    ("train_samples", 0),
-    ("train_samples", 60_001),
-    ("train_samples", "all"),
-    ("train_samples", False),
-    ("precision", "float23"),
-    ("precision", 32),
-    ("dataset", "no_such_file.npz"),
-    ("dataset", 5),
-    ("results_dir", 5),
-    ("first_kernel_size", 0),
-    ("first_kernel_size", 29),
-    ("first_kernel_size", None),
-    ("budget", "large"),
-    ("budget", 1),
-    ("budget", None),
-]
+BAD = {
+    "epochs": (0, -1, 2.5, "ten", True, None),
+    "batch_size": (0, 60_001, 32.0),
+    "seed": (-1, 2**32, "0"),
+    "train_samples": (0, 60_001, "all", False),
+    "precision": ("float23", 32, None),
+    "dataset": ("no_such_file.npz", "", 5, None),
+    "results_dir": (5, Path("runs")),
+    "keep_model": (1, "yes", None),
+    "first_kernel_size": (0, 29, 2.0, None),
+}
+ALL_BAD = [(name, value) for name, values in BAD.items() for value in values]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_bad_value_is_refused_by_name_value_and_what_is_allowed(name, value, tmp_path):
-    values = GOOD | {"results_dir": str(tmp_path)} | {name: value}
+@pytest.fixture
+def check(tmp_path):
+    """Return check_parameters with good values, but those given, in a folder of the test's."""
+
+    def check(model="a1", **changed):
+        return check_parameters(model, GOOD | {"results_dir": str(tmp_path / "runs")} | changed)
+
+    return check
+
+
+@pytest.mark.parametrize(("name", "value"), ALL_BAD)
+def test_a_bad_value_is_refused_by_name_value_and_what_is_allowed(name, value, check, tmp_path):
     with pytest.raises(InputError) as error:
-        check_parameters("c", **values)
+        check("c", **{"first_kernel_size": 2, name: value})
     message = str(error.value)
     assert re.match(rf"{name} is {re.escape(repr(value))}[; (]", message)
-    assert "it must be" in message
-    assert "\n" not in message
+    assert "it must be" in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_above_the_samples_is_refused(tmp_path):
+def test_counts_are_those_of_the_images_that_are_trained_on(check):
     with pytest.raises(InputError, match=r"batch_size is 256; .* images to train on, 100"):
-        check_parameters("a1", **GOOD, train_samples=100, results_dir=str(tmp_path))
+        check(batch_size=256, train_samples=100)
+    with pytest.raises(InputError, match=r"train_samples is 6001; .* from 1 to 6000"):
+        check(dataset="mnist-small", train_samples=6001)
+    # D and E keep some images back.
+    for model in ("d", "e"):
+        with pytest.raises(InputError, match=r"batch_size is 256; .* images to train on, 252"):
+            check(model, batch_size=256, train_samples=256)
+        assert check(model, batch_size=256, train_samples=261)
+        with pytest.raises(InputError, match=r"train_samples is 1; .* from 2 to 60000"):
+            check(model, batch_size=1, train_samples=1)
 
 
-def test_what_model_d_keeps_back_counts_as_well(tmp_path):
-    values = GOOD | {"budget": "speed", "results_dir": str(tmp_path)}
-    with pytest.raises(InputError, match=r"batch_size is 256; .* images to train on, 252"):
-        check_parameters("d", **values, train_samples=256)
-    assert check_parameters("d", **values, train_samples=261)
-    with pytest.raises(InputError, match=r"train_samples is 1; .* from 2 to 60000"):
-        check_parameters("d", **values | {"batch_size": 1}, train_samples=1)
-    # As the notebook's own cell has it.
-    (cell,) = (
-        c
-        for c in nbformat.read(NOTEBOOKS / "5_model_d.ipynb", 4).cells
-        if "kept_back =" in c.source
-    )
-    assert "kept_back = max(1, len(x_train) // 60)" in cell.source
+def test_a_value_that_is_missing_or_a_model_that_is_unknown_is_refused():
+    with pytest.raises(InputError, match="keep_model is None; it must be True or False"):
+        check_parameters("a1", {name: GOOD[name] for name in GOOD if name != "keep_model"})
+    with pytest.raises(InputError, match="model is 'none'; it must be one of a1, a2, b, c, d, e"):
+        check_parameters("none", GOOD)
 
 
-def test_good_values_pass_and_the_folder_is_made(tmp_path):
-    folder = tmp_path / "new" / "runs"
-    checked = check_parameters("a1", **GOOD, train_samples=60_000, results_dir=str(folder))
-    assert checked.epochs == 10
-    assert checked.run_folder().parents[1] == folder
-    assert list(checked.run_folder().iterdir()) == []
+def test_what_else_a_notebook_has_does_not_count(check, monkeypatch):
+    checked = check(np=None, x_train=[1], first_kernel_size=7)
+    assert checked == check()
+    assert "first_kernel_size" not in checked.recorded()
 
 
-def test_a_budget_sets_the_epochs_that_are_not_given(tmp_path):
-    values = {"batch_size": 256, "seed": 0, "budget": "accuracy", "results_dir": str(tmp_path)}
-    checked = check_parameters("d", epochs=None, **values)
-    assert checked.epochs == SETTINGS["d-accuracy"].epochs
-    assert check_parameters("d", epochs=2, **values).epochs == 2
-    assert checked.recorded()["budget"] == "accuracy"
-    speed = check_parameters("d", epochs=None, **values | {"budget": "speed"})
-    assert speed.epochs == SETTINGS["d-speed"].epochs
-    assert speed.run_folder() != checked.run_folder()
-    with pytest.raises(InputError, match=r"epochs is 0; it must be None .* or a whole number"):
-        check_parameters("d", epochs=0, **values)
-    with pytest.raises(InputError, match="budget is None; it must be"):
-        check_parameters("d", epochs=None, **values | {"budget": None})
-    with pytest.raises(InputError, match="epochs is None; it must be a whole number"):
-        check_parameters("a1", epochs=None, batch_size=256, seed=0)
+def test_a_runs_folder_is_named_by_its_parameters(check, tmp_path, monkeypatch):
+    name = "epochs10-batch16-samples-all-mnist-float32-seed0"
+    folder = check().run_folder()
+    assert folder == tmp_path / "runs/a1" / f"{name}-by_hand"
+    assert list(folder.iterdir()) == []  # made, so that what is in the way is found before
+    monkeypatch.setenv(CODE_VARIABLE, "c" * 64)
+    assert check(keep_model=False).run_folder() == tmp_path / "runs/a1" / name
+    changed = {"epochs": 3, "batch_size": 8, "seed": 1, "train_samples": 500}
+    own = {"dataset": "mnist-small", "precision": "mixed_bfloat16", "first_kernel_size": 7}
+    checked = check("c", **changed, **own)
+    name = "epochs3-batch8-samples500-mnist-small-mixed_bfloat16-first_kernel_size7-seed1"
+    assert checked.run_folder() == tmp_path / "runs/c" / name
+    assert title_of("c", checked.recorded()) == SETTINGS["c7"].title
+    assert title_of("c", check("c", first_kernel_size=5).recorded()).endswith("first_kernel_size 5")
 
 
-def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="model is 'none'; it must be one of a1, a2, b, c"):
-        check_parameters("none", **GOOD, results_dir=str(tmp_path))
-
-
-def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/a1").touch()  # where the run's own folder would be
-    for path in (file, file / "below", tmp_path / "runs"):
+def test_a_results_folder_that_cannot_be_written_is_refused(check, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/a1").touch()  # where the run's own folder would be
+    for name in ("file", "file/below", "taken"):
         with pytest.raises(InputError, match=r"results_dir is .* it must be"):
-            check_parameters("a1", **GOOD, results_dir=str(path))
+            check(results_dir=str(tmp_path / name))
 
-
-def test_a_read_only_results_folder_is_refused(tmp_path, monkeypatch):
     # As root may write anywhere, the refusal of the system is played.
     def refuse(dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
     monkeypatch.setattr(parameters.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(InputError, match=r"permission denied"):
-        check_parameters("a1", **GOOD, results_dir=str(tmp_path / "runs"))
+    with pytest.raises(InputError, match=r"results_dir is .* \(permission denied\); it must be"):
+        check()
 
 
-def test_a_record_never_holds_the_path_of_a_data_set(small_mnist, small_arrays, tmp_path):
-    checked = check_parameters("a1", **GOOD, dataset=str(small_mnist), results_dir=str(tmp_path))
-    recorded = checked.recorded()
-    assert re.fullmatch(r"small-[0-9a-f]{8}", recorded["dataset"])
-    # A long name is cut: a folder's name has its limit.
-    long = write_npz(tmp_path / f"{'x' * 240}.npz", small_arrays)
-    checked = check_parameters("a1", **GOOD, dataset=str(long), results_dir=str(tmp_path))
-    assert len(checked.run_folder().name) < 150
+def test_a_record_has_a_data_sets_content_in_its_name_and_never_its_path(
+    check, small_mnist, small_arrays, tmp_path
+):
+    name = check(dataset=str(small_mnist)).recorded()["dataset"]
+    assert re.fullmatch(r"small-[0-9a-f]{8}", name)
     # Another file of the same name has another name in records.
     other = write_npz(tmp_path / "small.npz", small_arrays | {"y_test": small_arrays["y_test"] * 0})
-    checked = check_parameters("a1", **GOOD, dataset=str(other), results_dir=str(tmp_path))
-    assert checked.recorded()["dataset"] != recorded["dataset"]
+    assert check(dataset=str(other)).recorded()["dataset"] not in (name, "small")
+    # A long name is cut: a folder's name has its limit.
+    other = other.rename(tmp_path / f"{'x' * 240}.npz")
+    assert len(check(dataset=str(other)).run_folder().name) < 150
+
+
+def test_a_data_set_is_read_once_for_many_runs_but_anew_when_changed(check, tmp_path, monkeypatch):
+    path, read, reads = tmp_path / "own.npz", Path.read_bytes, []
+    path.write_bytes(b"one")
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read(path))
+    names = {check(seed=seed, dataset=str(path)).dataset_name for seed in range(20)}
+    assert (len(names), len(reads)) == (1, 1)
+    path.write_bytes(b"other")
+    assert check(dataset=str(path)).dataset_name not in names
+
+
+def test_a_home_folder_and_a_relative_place_are_understood(
+    check, small_mnist, tmp_path, monkeypatch
+):
+    name = check(dataset=str(small_mnist)).dataset_name
+    home, checkout = tmp_path / "home", tmp_path / "checkout"
+    deep = checkout / "runs/a2/one/of/many"
+    for folder in (home, checkout / "mnist_utils", checkout / "notebooks", deep):
+        folder.mkdir(parents=True)
+    for folder in (home, checkout):
+        shutil.copy(small_mnist, folder)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(deep)
+    assert check(dataset="~/small.npz").dataset_name == name
+    assert check(results_dir="~/own").run_folder().parents[1] == home / "own"
+    # An executed copy that is run again where it lies: the project is the checkout above it.
+    assert project_folder() == checkout
+    assert check(dataset="small.npz").dataset_name == name
+    assert check(results_dir=None).run_folder().parents[1] == checkout / "runs"
+    assert list(deep.iterdir()) == []
+    # Outside of any checkout it is the one that the helpers lie in.
+    monkeypatch.chdir(home)
+    assert (project_folder(), results_folder(None)) == (ROOT, ROOT / "runs")
+
+
+def test_the_headless_runner_says_where_the_files_really_are(check, small_mnist, monkeypatch):
+    monkeypatch.setenv(DATASET_VARIABLE, str(small_mnist))
+    monkeypatch.setenv(RESULTS_VARIABLE, str(small_mnist.parent / "elsewhere"))
+    checked = check(dataset="not/here/digits.npz", results_dir="somewhere")
+    assert re.fullmatch(r"digits-[0-9a-f]{8}", checked.dataset_name)
+    assert checked.run_folder().parents[1] == small_mnist.parent / "elsewhere"
+    assert (checked.dataset, checked.results_dir) == ("not/here/digits.npz", "somewhere")
 
 
 @pytest.mark.skipif(bool(GPUS), reason="there is a GPU")
@@ -147,56 +183,44 @@ def test_mixed_float16_needs_a_gpu():
         set_up(0, "mixed_float16")
 
 
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE"])
+def test_float32_that_is_none_is_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "BF16")
+    with pytest.raises(InputError, match=rf"^{name} is 'BF16'; it must be unset: the parameter"):
+        set_up(0, "float32")
+    monkeypatch.setenv(name, "strict")
+    set_up(0, "float32")
+
+
 def test_a_notebook_shows_the_sentence_and_no_traceback(tmp_path):
     output = tmp_path / "out.ipynb"
     with pytest.raises(papermill.PapermillExecutionError):
-        papermill.execute_notebook(
-            NOTEBOOKS / "4_model_c.ipynb",
-            output,
-            {"epochs": 2.5, "results_dir": str(tmp_path / "runs")},
-            cwd=ROOT,
-            progress_bar=False,
-        )
-    notebook = papermill.iorw.load_notebook_node(str(output))
+        execute("4_model_c", output, epochs=2.5, results_dir=str(tmp_path / "runs"))
+    notebook = nbformat.read(output, 4)
     errors = [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    assert [error.traceback for error in errors] == [
-        ["InputError: epochs is 2.5; it must be a whole number of 1 or more."]
-    ]
+    sentence = "InputError: epochs is 2.5; it must be a whole number of 1 or more."
+    assert [error.traceback for error in errors] == [[sentence]]
     # Refused by the first cell after the parameters, before anything is loaded.
-    assert "load_mnist" not in "".join(c.source for c in notebook.cells if c.get("execution_count"))
-    assert not (tmp_path / "runs").exists()
+    assert "x_train shape" not in str(notebook) and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--models", "a2", "-p", "epochs=ten"],
-            "epochs is 'ten'; it must be a whole number of 1 or more.",
-        ),
-        (
-            ["--models", "a2", "-p", "epochs=true"],
-            "epochs is True; it must be a whole number of 1 or more.",
-        ),
-        (["-p", "batch_size=70000"], "batch_size is 70000; it must be a whole number from 1 to"),
-        (
-            ["--models", "a2", "-p", "epoch=3"],
-            "epoch is not a parameter of 2_model_a2; it has epochs,",
-        ),
-        (["-p", "epochs"], "-p is 'epochs'; it must be NAME=VALUE"),
-        (
-            ["--models", "a3"],
-            "models has 'a3'; it must be some of a1, a2, b, c, c7, d-speed, d-acc",
-        ),
-    ],
-)
+COMMANDS = [
+    ("--models a2 -p epochs=ten", "epochs is 'ten'; it must be a whole number of 1 or more."),
+    ("--models a2 -p epochs=true", "epochs is True; it must be a whole number of 1 or more."),
+    ("-p batch_size=70000", "batch_size is 70000; it must be a whole number from 1 to"),
+    ("--models a2 -p epoch=3", "epoch is not a parameter of 2_model_a2; it has epochs,"),
+    ("-p epochs", "-p is 'epochs'; it must be NAME=VALUE"),
+    ("--models a3", "models has 'a3'; it must be some of a1, a2, b, c, c7, d, e"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), COMMANDS)
 def test_the_command_line_refuses_in_one_sentence_before_anything_runs(
     arguments, message, tmp_path
 ):
-    command = python("-m", "mnist_utils", "run", *arguments, "--results-dir", tmp_path / "runs")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
+    command = ("-m", "mnist_utils", "run", *arguments.split(), "--results-dir", tmp_path / "runs")
+    done = subprocess.run(python(*command), cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
     assert not list(tmp_path.glob("runs/*"))

@@ -1,0 +1,323 @@
+"""Digits read from pictures, on photographs made of MNIST's test digits."""
+
+import io
+import tracemalloc
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from mnist_utils import digits
+from mnist_utils.data import load_mnist
+from mnist_utils.digits import Canvas, draw, photograph, predict, read_picture, steps
+from mnist_utils.parameters import InputError
+
+PHOTOGRAPHS = 240
+
+
+@cache
+def test_set() -> tuple[np.ndarray, np.ndarray]:
+    return load_mnist()[1]
+
+
+@cache
+def models() -> dict:
+    """The reference models, of which at least D's must be there for what needs them."""
+    try:
+        found = digits.trained_models("no-such-folder")
+    except InputError:
+        found = {}
+    if "CNN D" not in found:
+        pytest.skip("the results have no model files yet")
+    return found
+
+
+def encode(picture: np.ndarray, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned_jpeg(picture: np.ndarray, turns: int, quality: int) -> bytes:
+    """Return a JPEG of a picture that was turned, with the EXIF tag that turns it back."""
+    exif = Image.Exif()
+    exif[0x0112] = {0: 1, 1: 6, 2: 3, 3: 8}[turns]
+    return encode(np.rot90(picture, turns).copy(), "JPEG", quality=quality, exif=exif)
+
+
+def random_photograph(image: np.ndarray, seed: int) -> bytes:
+    """Return a file: dark on light or light on dark, a JPEG however turned, or a PNG."""
+    picture = photograph(image, seed)
+    rng = np.random.default_rng(1000 + seed)
+    if rng.random() < 0.5:
+        picture = 255 - picture
+    if rng.random() < 0.25:
+        return encode(np.stack([picture] * 3, axis=2), "PNG")
+    return turned_jpeg(picture, int(rng.integers(4)), quality=30)
+
+
+def make_sheet(images, seed: int = 0, squared: float = 0.12) -> np.ndarray:
+    """Return a sheet of squared paper, uint8 (600, 800), with 12 digits on three lines, and dust.
+
+    The one in mnist_utils/sheet.png is made by write_sheet, below.
+    """
+    rng = np.random.default_rng(seed)
+    ink = np.zeros((600, 800), np.float32)
+    ink[::25] = ink[:, ::25] = squared
+    for place, image in enumerate(images):
+        side = int(rng.integers(110, 160))
+        top = 190 * (place // 4) + int(rng.integers(5, 40))
+        left = 195 * (place % 4) + int(rng.integers(5, 40))
+        large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+        there = ink[top : top + side, left : left + side]
+        np.maximum(there, np.asarray(large) / 255, out=there)
+    for y, x in rng.integers(5, 590, size=(6, 2)):
+        ink[y : y + 3, x : x + 3] = 1
+    y, x = np.mgrid[-1:1:600j, -1:1:800j]
+    light = 0.8 * (1 + 0.2 * rng.uniform(-1, 1) * y + 0.2 * x - 0.1 * (x**2 + y**2))
+    grey = ndimage.gaussian_filter(light * (1 - 0.75 * ink), 0.7)
+    return (255 * np.clip(grey + rng.normal(0, 0.01, grey.shape), 0, 1)).astype(np.uint8)
+
+
+SHEET = [3, 2, 1, 18, 4, 8, 11, 0, 61, 7, 10, 63]  # which test images
+
+
+def write_sheet() -> None:
+    """Write mnist_utils/sheet.png; with few grey levels, so that it stays small."""
+    sheet = make_sheet(test_set()[0][SHEET]) // 16 * 16 + 8
+    Image.fromarray(sheet).quantize(16).save(digits.SHEET, optimize=True)
+
+
+def likeness(read: np.ndarray, image: np.ndarray) -> float:
+    """Return the correlation of two images, one of them shifted by a pixel where that is better."""
+    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    shifted = [np.roll(read, shift, (0, 1)) for shift in shifts]
+    return max(np.corrcoef(one.ravel(), image.ravel())[0, 1] for one in shifted)
+
+
+@cache
+def read_photographs() -> tuple[np.ndarray, np.ndarray]:
+    """Return what was read from random photographs, and the labels.
+
+    An empty image stands for a picture in which not exactly one digit was found.
+    """
+    x, y = test_set()
+    chosen = np.random.default_rng(7).permutation(len(x))[:PHOTOGRAPHS]
+    images = np.zeros((PHOTOGRAPHS, 28, 28), np.uint8)
+    for place, i in enumerate(chosen.tolist()):
+        found, _ = read_picture(random_photograph(x[i], i))
+        if len(found) == 1:
+            images[place] = found[0]
+    return images, y[chosen]
+
+
+def test_the_models_read_photographed_digits():
+    images, labels = read_photographs()
+    assert (images.max(axis=(1, 2)) > 0).mean() >= 0.99
+    for name, model in models().items():
+        accuracy = (predict(model, images).argmax(axis=1) == labels).mean()
+        assert accuracy >= (0.985 if name == "CNN D" else 0.97), (name, accuracy)
+
+
+def test_without_the_preparation_they_do_not():
+    x, y = test_set()
+    made = [steps(photograph(image, seed)) for seed, image in enumerate(x[:60])]
+    accuracy = {
+        step: (predict(models()["CNN D"], np.stack([m[step] for m in made])).argmax(1) == y[:60])
+        for step in made[0]
+    }
+    assert accuracy["resized"].mean() < 0.5
+    assert accuracy["inverted"].mean() < 0.7
+    assert accuracy["centre of mass"].mean() >= 0.98
+
+
+def test_a_prepared_photograph_is_nearly_the_image_it_was_made_of():
+    x, _ = test_set()
+    for seed, image in enumerate(x[:30]):
+        (read,), _ = read_picture(photograph(image, seed))
+        assert likeness(read, image) > 0.9
+        np.testing.assert_array_equal(steps(photograph(image, seed))["centre of mass"], read)
+        assert read.dtype == np.uint8 and read.max() == 255
+        assert 19 <= max(np.ptp(axis) + 1 for axis in np.nonzero(read)) <= 20
+        middle = ndimage.center_of_mass(read)
+        assert np.abs(np.subtract(middle, 14)).max() < 1.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dark", [True, False])
+def test_all_digits_of_a_sheet_are_found_in_order(seed, dark):
+    x, _ = test_set()
+    images = x[100 + 12 * seed : 112 + 12 * seed]
+    sheet = make_sheet(images, seed)
+    found, boxes = read_picture(sheet if dark else 255 - sheet)
+    assert len(found) == 12
+    for read, image in zip(found, images, strict=True):
+        assert likeness(read, image) > 0.85
+    tops, lefts = boxes[:, 0].reshape(3, 4), boxes[:, 1].reshape(3, 4)
+    assert (np.diff(lefts, axis=1) > 0).all() and tops[0].max() < tops[1].min() < tops[2].min()
+    for top, left, bottom, right in boxes:
+        assert sheet[top:bottom, left:right].min() < 110
+
+
+def test_a_line_of_digits_may_slope():
+    x, _ = test_set()
+    sheet = Image.fromarray(make_sheet(x[:12], squared=0)).rotate(6, fillcolor=190)
+    found, _ = read_picture(np.asarray(sheet))
+    for read, image in zip(found, x[:12], strict=True):
+        assert likeness(read, image) > 0.6
+
+
+def test_the_sheet_that_ships_is_made_of_test_digits():
+    x, _ = test_set()
+    with Image.open(digits.SHEET) as sheet:
+        made = make_sheet(x[SHEET]).astype(int)
+        assert np.abs(np.asarray(sheet.convert("L")) - made).max() <= 16
+    assert digits.SHEET.stat().st_size < 120_000
+    found, _ = read_picture(digits.SHEET)
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_exif_rotation_is_heeded_and_boxes_are_those_of_the_turned_picture(turns):
+    x, _ = test_set()
+    picture = photograph(x[0], 2)
+    expected, box = read_picture(picture)
+    found, turned_box = read_picture(turned_jpeg(picture, turns, quality=95))
+    assert np.abs(found.astype(int) - expected).mean() < 3
+    assert np.abs(turned_box - box).max() <= 4
+
+
+def five(gap: int, noise: int = 0) -> np.ndarray:
+    """Return a 5 of 200 pixels whose bar stands apart by ``gap`` pixels."""
+    picture = Image.new("L", (400, 400), 220)
+    pen = ImageDraw.Draw(picture)
+    pen.line([(160, 120), (160, 190)], fill=40, width=18)
+    pen.arc([130, 180, 260, 310], 200, 130, fill=40, width=18)
+    pen.line([(175 + gap // 2, 112 - gap), (260, 108 - gap)], fill=40, width=18)
+    return np.asarray(picture)
+
+
+def test_a_bar_close_to_its_five_belongs_to_it():
+    for gap in (8, 20, 30):
+        assert len(read_picture(five(gap))[0]) == 1
+
+
+def test_specks_and_a_dark_table_are_no_digits():
+    x, _ = test_set()
+    picture = photograph(x[0], 3).copy()
+    expected, _ = read_picture(picture)
+    speckled = picture.copy()
+    for y, x in np.random.default_rng(0).integers(3, min(picture.shape) - 6, size=(12, 2)):
+        speckled[y : y + 3, x : x + 3] = 10
+    assert len(read_picture(speckled)[0]) == 1
+    table = np.pad(picture, ((0, 14), (14, 0)), mode="reflect")
+    table[-9:] = table[:, :11] = 30
+    assert np.abs(read_picture(table)[0].astype(int) - expected).mean() < 4
+
+
+def test_every_kind_of_picture_that_pillow_opens_is_read(tmp_path):
+    x, _ = test_set()
+    picture = photograph(x[0], 4)
+    expected, _ = read_picture(picture)
+    image = Image.fromarray(picture)
+    path = tmp_path / "sheet.png"
+    image.save(path)
+    colour = np.stack([picture] * 3, axis=2)
+    opaque = np.dstack([colour, np.full_like(picture, 255)])
+    ink = np.dstack([np.zeros_like(colour), (255 - picture) // 2 * (picture < 110)])
+    gif = io.BytesIO()
+    image.save(gif, "GIF", save_all=True, append_images=[image.rotate(90)])
+    wide = encode(picture.astype(np.uint16) * 257, "PNG")
+    given = [path, str(path), colour, opaque, ink, 255 - ink, picture / 255, picture[..., None]]
+    given += [encode(picture, "BMP"), encode(opaque, "WEBP"), gif.getvalue(), wide]
+    palette = io.BytesIO()
+    image.convert("P").save(palette, "PNG")
+    for one in [*given, palette.getvalue()]:
+        found, _ = read_picture(one)
+        assert len(found) == 1
+        assert likeness(found[0], expected[0]) > 0.95
+
+
+def test_mnists_own_images_are_pictures_too():
+    for image in test_set()[0][:20]:
+        for picture in (image, 255 - image):
+            (read,), _ = read_picture(picture)
+            assert likeness(read, image) > 0.85
+
+
+def no_pictures():
+    rng = np.random.default_rng(0)
+    empty = np.clip(rng.normal(200, 5, (600, 800)), 0, 255).astype(np.uint8)
+    lit = (np.linspace(120, 240, 800) * np.ones((600, 1))).astype(np.uint8)
+    yield from (
+        empty,
+        lit,
+        255 - lit,
+        np.full((50, 50), 7, np.uint8),
+        np.zeros((9, 9, 4), np.uint8),
+    )
+    yield from (
+        np.zeros((0, 5), np.uint8),
+        np.zeros(4),
+        np.full((40, 40), np.nan),
+        np.zeros((9, 9, 7)),
+    )
+    yield from (b"", b"no picture", "no-such-file.png", ".", encode(empty, "PNG")[:5000], None, 7)
+
+
+@pytest.mark.parametrize("picture", no_pictures(), ids=range(16))
+def test_what_is_no_picture_of_digits_is_refused_in_one_sentence(picture):
+    with pytest.raises(InputError, match=r"^The picture.*\.$"):
+        read_picture(picture)
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    large = io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(large, "PNG")
+    tracemalloc.start()
+    for picture in (file, large):
+        with pytest.raises(InputError, match="too large"):
+            read_picture(picture.getvalue())
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_a_large_jpeg_is_decoded_small():
+    x, _ = test_set()
+    picture = Image.fromarray(photograph(x[0], 5)).resize((9000, 8000))
+    file = io.BytesIO()
+    picture.save(file, "JPEG")
+    found, boxes = read_picture(file.getvalue())
+    assert len(found) == 1 and boxes.max() > 1600
+
+
+class Echo:
+    """A model that answers as if the mean of the image's middle were all it saw."""
+
+    input_shape = (None, 24, 24, 1)
+
+    def __call__(self, x, training):
+        assert x.shape[1:] == (24, 24, 1) and not training and 0 <= x.min() <= x.max() <= 1
+        return np.tile(x.mean(axis=(1, 2)), 10)
+
+
+def test_the_canvas_answers_what_is_drawn():
+    import base64
+
+    canvas = Canvas({"one": Echo(), "two": Echo()})
+    drawn = np.zeros((280, 280, 4), np.uint8)
+    drawn[40:240, 130:150, 3] = 255
+    png = base64.b64encode(encode(drawn, "PNG")).decode()
+    canvas.drawing = {"number": 3, "png": png}
+    assert canvas.answer["number"] == 3
+    image = np.reshape(canvas.answer["pixels"], (28, 28))
+    assert image.max() == 255 and np.nonzero(image)[0].tolist()[::39] == [4, 23]
+    assert np.shape(canvas.answer["probabilities"]) == (2, 10)
+
+
+def test_without_a_page_nothing_is_left_but_a_picture():
+    draw({"one": Echo()})  # no kernel at all: nothing fails

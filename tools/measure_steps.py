@@ -1,0 +1,193 @@
+"""Measure what each step of models D and E buys, on images held out; never on the test set.
+
+Usage, in the checkout's root: .venv/bin/python tools/measure_steps.py [steps|epochs|other_split]
+
+Each step is a notebook with a few words of its code replaced, run as any other, on 50,000
+training images and 10,000 held out in the test set's place, in another split for every seed.
+"epochs" runs D and E with fewer and more epochs on the same splits; "other_split" runs them as
+they are on all 70,000 images split anew. Writes results/studies/<what>.json, which the study
+shows; what runs/studies/ holds already is not run again.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nbformat import NotebookNode
+
+from mnist_utils.data import load_mnist
+from mnist_utils.headless import Task, read_defaults, read_notebook, run_tasks
+from mnist_utils.parameters import CODE_VARIABLE, SETTINGS, check_parameters
+from mnist_utils.runs import code_sha256, load_record, write_whole
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runs" / "studies"
+HELD_OUT = 10_000
+SEEDS = {"steps": range(10), "epochs": range(5), "other_split": range(5)}
+EPOCHS = {"d": (1, 2, 3, 6), "e": (3, 7, 14)}
+# For each step of each model: what is replaced in the notebook's code by what.
+STEPS: dict[str, dict[str, dict[str, str]]] = {
+    "d": {
+        "the whole": {},
+        "AdamW in Muon's place": {"    Muon(": "    keras.optimizers.AdamW("},
+        "without label smoothing": {"label_smoothing=0.1": "label_smoothing=0.0"},
+        "with shifts of up to two pixels": {
+            "shuffle_seed=seed)\n": "shuffle_seed=seed)\n"
+            "shift = keras.layers.RandomTranslation(2 / 28, 2 / 28, 'constant', seed=seed)\n"
+            "train_batches = train_batches.map(lambda x, y: (shift(x, training=True), y))\n"
+        },
+        "constant rate of 0.001": {"    Muon(learning_rate,": "    Muon(0.001,"},
+        "without batch normalization, peak 0.001": {
+            "    model.add(BatchNormalization(momentum=0.9))\n": "",
+            "use_bias=False": "use_bias=True",
+            "warmup_target=0.02": "warmup_target=0.001",
+        },
+        "half as many filters": {
+            "(32, 5, True)": "(16, 5, True)",
+            "(32, 3, False)": "(16, 3, False)",
+            "(64, 3, True)": "(32, 3, True)",
+            "(96, 3, False)": "(48, 3, False)",
+        },
+        "twice as many filters": {
+            "(32, 5, True)": "(64, 5, True)",
+            "(32, 3, False)": "(64, 3, False)",
+            "(64, 3, True)": "(128, 3, True)",
+            "(96, 3, False)": "(192, 3, False)",
+        },
+    },
+    "e": {
+        "the whole": {},
+        "one look": {"looks = [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]": "looks = [(0, 0)]"},
+        "shifts alone": {
+            "angle * 12": "angle * 0",
+            "1 + 0.12 * wide, 1 + 0.12 * high, 0.12 * slant": "1.0, 1.0, 0.0 * slant",
+        },
+    },
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure what each step of D and E buys.")
+    parser.add_argument("what", nargs="?", default="steps", choices=SEEDS)
+    what = parser.parse_args().what
+    os.environ[CODE_VARIABLE] = ""  # the folders are those of headless runs
+    tasks = {"steps": step_tasks, "epochs": epoch_tasks, "other_split": split_tasks}[what]()
+    # Seed by seed, so that a slow spell of the machine falls on every row alike.
+    failed = run_tasks(sorted(tasks, key=lambda task: task.parameters.seed))
+    if failed:
+        return 1
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for task in tasks:
+        rows.setdefault(task.name.split(" seed ")[0], []).append(outcome(task))
+    code = {model: code_sha256(read_notebook(SETTINGS[model].notebook)) for model in STEPS}
+    content = json.dumps({"code_sha256": code, "rows": rows}, indent=1) + "\n"
+    folder = ROOT / "results" / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{what}.json", content.encode())
+    return 0
+
+
+def step_tasks() -> list[Task]:
+    """Return a task for each step and seed, each seed on a split of its own."""
+    return [
+        make_task(model, step, replaced, {}, seed, held_out_split(seed))
+        for seed in SEEDS["steps"]
+        for model, steps in STEPS.items()
+        for step, replaced in steps.items()
+    ]
+
+
+def epoch_tasks() -> list[Task]:
+    """Return a task for each model, number of epochs and seed, on the splits of the steps."""
+    return [
+        make_task(model, f"{epochs} epochs", {}, {"epochs": epochs}, seed, held_out_split(seed))
+        for seed in SEEDS["epochs"]
+        for model, numbers in EPOCHS.items()
+        for epochs in numbers
+    ]
+
+
+def split_tasks() -> list[Task]:
+    """Return a task for each model and seed, on all 70,000 images split anew."""
+    train, test = load_mnist()
+    images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
+    split = write_split("other_split", images, labels, seed=0)
+    return [
+        make_task(model, "other split", {}, {}, seed, split)
+        for seed in SEEDS["other_split"]
+        for model in STEPS
+    ]
+
+
+def make_task(
+    model: str, name: str, replaced: dict[str, str], given: dict[str, Any], seed: int, split: Path
+) -> Task:
+    """Return the task of one run, its results in a folder of the name's."""
+    notebook = changed(read_notebook(SETTINGS[model].notebook), replaced)
+    folder = FOLDER / re.sub(r"\W+", "_", name)
+    given = {**given, "seed": seed, "dataset": str(split), "results_dir": str(folder)}
+    given["keep_model"] = False
+    defaults = read_defaults(notebook, SETTINGS[model].notebook)
+    parameters = check_parameters(model, {**defaults, **given})
+    return Task(f"{model}: {name} seed {seed}", model, notebook, given, parameters)
+
+
+def changed(notebook: NotebookNode, replaced: dict[str, str]) -> NotebookNode:
+    """Return a copy of a notebook with texts of its code replaced, wherever they stand."""
+    copy = deepcopy(notebook)
+    for old, new in replaced.items():
+        cells = [cell for cell in copy.cells if cell.cell_type == "code" and old in cell.source]
+        assert cells, f"the notebook has no {old!r}"
+        for cell in cells:
+            cell.source = cell.source.replace(old, new)
+    return copy
+
+
+def held_out_split(seed: int) -> Path:
+    """Write, if need be, a split of the training images, and return where it is."""
+    images, labels = load_mnist()[0]
+    return write_split(f"held_out{seed}", images, labels, seed)
+
+
+def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) -> Path:
+    """Write the images as a data set whose test set is 10,000 of them, drawn by the seed."""
+    path = FOLDER / f"{name}.npz"
+    if not path.exists():
+        order = np.random.default_rng(seed).permutation(len(images))
+        content = io.BytesIO()
+        arrays = {}
+        for part, chosen in (("train", order[:-HELD_OUT]), ("test", order[-HELD_OUT:])):
+            arrays |= {f"x_{part}": images[chosen], f"y_{part}": labels[chosen]}
+        np.savez_compressed(content, **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getvalue())
+    return path
+
+
+def outcome(task: Task) -> dict[str, Any]:
+    record = load_record(task.folder)
+    return {
+        "seed": record.run.seed,
+        "accuracy": record.test_accuracy,
+        "seconds": round(record.total_seconds, 1),
+        "threads": record.environment["threads"],
+    }
+
+
+def stale(content: dict[str, Any]) -> Iterable[str]:
+    """Return the models whose notebooks have other code cells now than when it was measured."""
+    for model, code in content["code_sha256"].items():
+        if code != code_sha256(read_notebook(SETTINGS[model].notebook)):
+            yield model
+
+
+if __name__ == "__main__":
+    sys.exit(main())
