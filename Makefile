@@ -91,7 +91,7 @@ lint: setup
 	$(BIN)/python -m ruff format --check .
 
 types: setup
-	$(BIN)/python -m mypy mnist_utils tools benchmarks
+	$(BIN)/python -m mypy mnist_utils tools
 
 bench: setup
 	$(PIP) --requirement benchmarks/requirements.txt

@@ -377,8 +377,9 @@ def own_table(own: pd.DataFrame, references: pd.DataFrame) -> PrettyTable:
     table.max_width.update({"Model": 18, "differs in": 24})
     for row in groups[:MOST_ROWS].sort_values(["title", "rank"]).itertuples():
         wanted = REFERENCE | {"epochs": EPOCHS.get(row.setting, 10)}
-        given = {name: getattr(row, name) for name in wanted}
-        differs = [f"{k} {v}" for k, v in given.items() if v != wanted[k] and not pd.isna(v)]
+        given = {k: v for k in wanted if not pd.isna(v := getattr(row, k)) and v != wanted[k]}
+        # pandas makes a column with whole numbers and None one of floats
+        differs = [f"{k} {int(v) if isinstance(v, float) else v}" for k, v in given.items()]
         if row.trained_epochs < row.epochs:
             differs.append(f"stopped after {row.trained_epochs}")
         differs += ["by hand"] * row.by_hand + [f"seed {row.seed}"] * (row.n == 1)

@@ -280,7 +280,7 @@ def run_on_worker(
     Raises UnfitWorker where the worker has not the client's ``versions``, or several threads.
     """
     worker = get_worker()
-    if problem := unfit(worker, versions):
+    if problem := unfit(versions, worker):
         raise UnfitWorker(worker.address, problem)
     topic, name = told
     # On a cluster one thread, or what the worker was started with.
@@ -308,13 +308,13 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def unfit(worker: Worker, versions: dict[str, str]) -> str | None:
+def unfit(versions: dict[str, str], dask_worker: Worker) -> str | None:
     """Return in words why a worker must not run anything, if so."""
     there = package_versions()
     for package, wanted in versions.items():
         if (found := there.get(package, "missing")) != wanted:
             return f"has {package} {found}; it must be {wanted}, as on the client"
-    if (threads := worker.state.nthreads) > 1:  # the working folder is the process's
+    if (threads := dask_worker.state.nthreads) > 1:  # the working folder is the process's
         return f"has {threads} threads; it must have one: start it with --nthreads 1"
     return None
 
@@ -406,11 +406,9 @@ class _Runner:
 
     def run(self) -> list[Task]:
         """Run all tasks; return those that failed."""
-        self.fill()
-        try:
-            self.client.wait_for_workers(1, timeout=60)
-        except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
-            raise InputError("The scheduler has had no worker for 60 seconds.") from None
+        if self.workers:
+            self.fill()
+        self.check_workers()
         while self.waiting or self.running:
             with suppress(Empty):
                 event = self.events.get(timeout=LOOK)
@@ -420,6 +418,29 @@ class _Runner:
                 self.finish(event)
             self.fill()
         return self.failed
+
+    def check_workers(self) -> None:
+        """Wait for a worker, and look which of another cluster's are unfit."""
+        try:
+            self.client.wait_for_workers(1, timeout=60)
+        except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
+            raise InputError("The scheduler has had no worker for 60 seconds.") from None
+        if self.workers:
+            return
+        try:
+            found = self.client.run(unfit, package_versions())
+        except Exception as error:
+            raise InputError(
+                f"A worker cannot run the notebooks: {first_line(error)}; it needs this package."
+            ) from None
+        for worker, problem in found.items():
+            if problem:
+                self.leave_out(worker, problem)
+        self.fill()
+
+    def leave_out(self, worker: str, problem: str) -> None:
+        self.unfit[worker] = problem
+        say(f"The worker {worker} {problem}. It is not used.")
 
     def fill(self) -> None:
         """Give each free worker a task, but none that another command is training."""
@@ -485,19 +506,14 @@ class _Runner:
         try:
             problem = write_run(task, *future.result())
         except UnfitWorker as error:  # another runs it
-            self.unfit.update([error.args])
+            self.leave_out(*error.args)
             self.waiting = {task.folder: task, **self.waiting}
-            say("The worker {} {}. It is not used.".format(*error.args))
             return
         except KilledWorker as error:
             times = error.allowed_failures + 1
             problem = f"Its worker died {times} times, perhaps for lack of memory."
         except (CancelledError, CommClosedError):  # not the run's fault
             raise
-        except ImportError as error:
-            raise InputError(
-                f"A worker cannot run the notebooks: {first_line(error)}; it needs this package."
-            ) from None
         except Exception as error:  # one run's trouble must not stop the others
             problem = f"{first_line(error)}."
         finally:

@@ -416,10 +416,10 @@ def write_whole(path: Path, content: bytes) -> None:
 def code_sha256(notebook: nbformat.NotebookNode) -> str:
     """Return the SHA-256 of the code cells that a run's numbers come from.
 
-    Left out are the cells that hold the parameters (the record has their values) and the one
-    that fetches the helpers.
+    Left out are the cells that hold the parameters (the record has their values), the one that
+    fetches the helpers, and the one that shows what the reference runs reached.
     """
-    not_code = {"parameters", "injected-parameters", "setup"}
+    not_code = {"parameters", "injected-parameters", "setup", "reached"}
     sources = [
         cell.source.strip()
         for cell in notebook.cells

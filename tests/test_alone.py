@@ -1,6 +1,7 @@
 """A notebook opened alone, as in Colab: no checkout around it, no helpers installed."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, output_text, python
+from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, SMALL, output_text, python
 from packaging.requirements import Requirement
 
-from mnist_utils import training
-from mnist_utils.headless import code_sha256
-from mnist_utils.runs import load_runs
+from mnist_utils import runs, training
+from mnist_utils.runs import code_sha256, load_runs
 
-# Preinstalled in Colab on 2026-08-19, says pip-freeze.txt of googlecolab/backend-info.
+# Preinstalled in Colab on 2026-08-19, says pip-freeze.txt of googlecolab/backend-info; the last
+# four to the minor version. anywidget and papermill are not: the first cell brings them.
 COLAB = {
     "ipykernel": "6.17.1",
     "ipython": "7.34.0",
@@ -27,9 +28,11 @@ COLAB = {
     "prettytable": "3.18.0",
     "pydantic": "2.13.4",
     "tensorflow": "2.20.0",
+    "distributed": "2025.5",
+    "pandas": "2.2",
+    "pillow": "11.3",
+    "scipy": "1.16",
 }
-
-
 IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
 
 
@@ -88,20 +91,41 @@ def execute_alone(path, fresh_python, *parameters):
 def test_notebooks_alone_fetch_the_helpers_the_data_and_the_reference_runs(
     repository, fresh_python, tmp_path
 ):
-    missing = subprocess.run(
-        [fresh_python, "-c", "import mnist_utils"], cwd=tmp_path, capture_output=True
-    )
-    assert missing.returncode != 0
+    command = [fresh_python, "-c", "import mnist_utils"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
     path = open_alone("2_model_a2", repository, tmp_path)
-    execute_alone(path, fresh_python, "-p", "epochs", 1, "-p", "train_samples", 300)
-    ((run,), problems) = load_runs(tmp_path / "runs")
-    assert problems == []
-    assert run.record.run.dataset == "mnist"
+    notebook = execute_alone(path, fresh_python, "-p", "epochs", 1, "-p", "train_samples", 300)
+    (run,) = load_runs(tmp_path / "runs")[0].itertuples()
+    assert (run.dataset, run.by_hand) == ("mnist", True)
+    assert f"Saved the run in runs/a2/{run.path.name}" in output_text(notebook)
 
-    path = open_alone("6_comparison", repository, tmp_path)
-    notebook = execute_alone(path, fresh_python)
+    notebook = execute_alone(open_alone("8_comparison", repository, tmp_path), fresh_python)
     count = len(load_runs(ROOT / "results")[0])
-    assert f"{count} reference runs, 1 of your own." in output_text(notebook)
+    assert f"{count} runs of the collection, 1 of your own." in output_text(notebook)
+
+    notebook = execute_alone(open_alone("7_your_digits", repository, tmp_path), fresh_python)
+    assert "The models disagree on:" in output_text(notebook)
+
+
+def test_papermill_from_another_folder_leaves_the_run_in_the_project(
+    repository, small_mnist, tmp_path
+):
+    given = SMALL | {"epochs": 1, "dataset": small_mnist.name}
+    pairs = [text for name, value in given.items() for text in ("-p", name, value)]
+    shutil.copy(small_mnist, repository)  # a relative place counts from the project as well
+    notebook = repository / "notebooks/2_model_a2.ipynb"
+    done = subprocess.run(
+        python("-m", "papermill", notebook, "out.ipynb", *pairs),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert os.listdir(tmp_path) == ["out.ipynb"]
+    (run,) = load_runs(repository / "runs")[0].itertuples()
+    text = output_text(nbformat.read(tmp_path / "out.ipynb", 4))
+    assert f"Saved the run in runs/a2/{run.path.name}\n" in text
 
 
 def test_the_ranges_allow_what_colab_has():
@@ -174,3 +198,30 @@ def test_onednns_kernels_are_asked_for_unless_a_reader_set_it(given, used, monke
     script = "import os, mnist_utils.training; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
     done = subprocess.run(python("-c", script), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == used
+
+
+def test_variables_that_change_numbers_are_recorded_but_never_a_path(monkeypatch):
+    for name in [name for name in os.environ if runs.LIBRARIES.match(name)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")  # as always
+    assert runs.describe_environment()["variables"] == ""
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/somebody/dump")
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    found = runs.describe_environment()
+    assert found["variables"] == "ONEDNN_MAX_CPU_ISA=AVX2 TF_ENABLE_ONEDNN_OPTS=0 XLA_FLAGS"
+    assert found["threads"] == 3
+    assert not {os.uname().nodename, os.environ.get("USER", "-")} & {*map(str, found.values())}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("sse avx2 avx512f avx512_bf16", "AVX-512 with bfloat16"), ("sse avx2", "AVX2")],
+)
+def test_a_processor_is_told_by_its_generation_and_its_widest_vectors(flags, expected, monkeypatch):
+    info = f"model name\t: X 9\ncpu family\t: 6\nmodel\t: 85\nflags\t: {flags}\n\n"
+    monkeypatch.setattr(runs.Path, "read_text", lambda path: info)
+    assert runs.processor() == f"X 9, family 6 model 85, {expected}"
+    monkeypatch.setattr(runs.Path, "read_text", lambda path: exec("raise FileNotFoundError"))
+    assert runs.processor()

@@ -163,7 +163,7 @@ def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) ->
     if not path.exists():
         order = np.random.default_rng(seed).permutation(len(images))
         content = io.BytesIO()
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for part, chosen in (("train", order[:-HELD_OUT]), ("test", order[-HELD_OUT:])):
             arrays |= {f"x_{part}": images[chosen], f"y_{part}": labels[chosen]}
         np.savez_compressed(content, **arrays)

@@ -58,17 +58,16 @@ nav.beside { border: 0; border-top: 1px solid var(--line); display: flex; }
 nav.beside [rel=next] { margin: 0 0 0 auto; }
 a { color: var(--link); }
 a[aria-current] { color: var(--text); text-decoration: none; }
-.anchor-link, .prompt, .jp-InputPrompt, .jp-OutputPrompt { display: none; }
+.anchor-link, .prompt { display: none; }
 pre, code { font: 13px/1.45 ui-monospace, monospace; }
 pre { margin: 0; overflow-x: auto; }
-.highlight, main > pre, .jp-RenderedMarkdown > pre { padding: 0.6rem 0.8rem; margin: 0.75rem 0;
+.highlight, .rendered_html > pre { padding: 0.6rem 0.8rem; margin: 0.75rem 0;
   background: var(--code); border: 1px solid var(--line); border-radius: 6px; }
-.highlight .highlight { padding: 0; margin: 0; border: 0; }
-.jp-OutputArea-output { margin: 0.5rem 0; overflow-x: auto; }
+.output_subarea { margin: 0.5rem 0; overflow-x: auto; }
 img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, .words td { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
 """
 
 

@@ -1,15 +1,18 @@
 """The static site that make html writes, in a real browser."""
 
+import shutil
 import subprocess
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from conftest import NOTEBOOKS, ROOT, python
+from conftest import ROOT, python
+from playwright.sync_api import sync_playwright
 from test_jupyterlab import CHROMIUM_OPTIONS, SCREENSHOTS, find_chromium
 
-pytestmark = pytest.mark.browser
+NOTEBOOKS = [*ROOT.glob("notebooks/[0-9]*_*.ipynb"), *ROOT.glob("studies/*.ipynb")]
+PICTURE = "images => images.every(image => image.complete && image.naturalWidth > 0)"
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -29,10 +32,9 @@ def site():
     server.shutdown()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), [(830, "light"), (1366, "dark")])
 def test_every_page_is_whole_without_a_network(site, width, scheme):
-    from playwright.sync_api import sync_playwright
-
     SCREENSHOTS.mkdir(exist_ok=True)
     faults, outside = [], []
     with sync_playwright() as playwright:
@@ -46,7 +48,7 @@ def test_every_page_is_whole_without_a_network(site, width, scheme):
             "request",
             lambda r: outside.append(r.url) if not r.url.startswith((site, "data:")) else None,
         )
-        seen, to_see = set(), [f"{site}index.html"]
+        seen, to_see = set(), {f"{site}index.html"}
         while to_see:
             address = to_see.pop()
             seen.add(address)
@@ -54,16 +56,53 @@ def test_every_page_is_whole_without_a_network(site, width, scheme):
             links = page.eval_on_selector_all(
                 "a[href]", "links => links.map(link => link.href.split('#')[0])"
             )
-            to_see += {
-                link for link in links if link.startswith(site) and link not in {*seen, *to_see}
-            }
+            to_see |= {link for link in links if link.startswith(site)} - seen
             # Nothing makes the page itself scroll sideways, and every picture has its text.
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.locator("img:not([alt]), img[alt='']").count() == 0
-            name = address.removeprefix(site).removesuffix(".html")
+            assert page.eval_on_selector_all("img", PICTURE)
+            assert page.locator("h1").count() == 1
+            assert "find_spec" not in page.content()  # the cell that fetches the helpers
+            name = address.removeprefix(site).removesuffix(".html").replace("/", "-")
             page.screenshot(path=SCREENSHOTS / f"site-{name}-{width}-{scheme}.png", full_page=True)
+
+        # From the landing page "next" leads through all of them, and "previous" back.
+        page.goto(f"{site}index.html")
+        chain = [page.url]
+        while page.locator("a[rel=next]").count():
+            page.click("a[rel=next]")
+            assert page.locator("a[rel=prev]").evaluate("link => link.href") == chain[-1]
+            chain.append(page.url)
         browser.close()
     assert faults == []
     assert outside == []
-    # A page a notebook, all reached from the index.
-    assert len(seen) == len(list(NOTEBOOKS.glob("*.ipynb")))
+    assert set(chain) == seen
+    places = [path.relative_to(ROOT).with_suffix(".html").as_posix() for path in NOTEBOOKS]
+    assert {f"{site}{place}" for place in places} <= seen
+
+
+def test_what_is_none_of_the_notebooks_is_named_and_left_out(tmp_path):
+    for name in ("docs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks/1_model_a1.ipynb", tmp_path / "notebooks")
+    shutil.copy(ROOT / "notebooks/2_model_a2.ipynb", tmp_path / "notebooks/Untitled.ipynb")
+    (tmp_path / "notebooks/9_empty.ipynb").touch()
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    command = python("tools/write_html.py")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "notebooks/Untitled.ipynb: left out" in done.stdout
+    assert "notebooks/9_empty.ipynb: left out" in done.stdout
+    pages = sorted(path.name for path in tmp_path.glob("site/notebooks/*"))
+    assert pages == ["1_model_a1.html"]
+
+    # A site that cannot be written whole leaves the older one as it is.
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text(encoding="utf-8").replace("training.png", "missing.png"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "missing.png" in done.stderr
+    assert (tmp_path / "site/notebooks/1_model_a1.html").exists()
+    assert list(tmp_path.glob(".site-*")) == []
