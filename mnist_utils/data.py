@@ -68,7 +68,7 @@ def load_test_images() -> np.ndarray:
 def pack_dataset(path: Path) -> bytes:
     """Return an npz file, or a folder of IDX files, as an npz file's bytes; or raise InputError."""
     packed = io.BytesIO()
-    np.savez(packed, allow_pickle=False, **_read_arrays(path, str(path)))
+    np.savez(packed, **_read_arrays(path, str(path)))  # type: ignore[arg-type]
     return packed.getvalue()
 
 

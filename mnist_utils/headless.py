@@ -531,7 +531,9 @@ class _Runner:
         """Return about how many seconds all will take, at the pace of the runs that are done."""
         self.seconds, self.cost = self.seconds + seconds, self.cost + done.cost
         pace, now = self.seconds / self.cost, time.monotonic()
-        rests = [max(0, task.cost * pace - now + began) for task, _, began in self.running.values()]
+        rests = [
+            max(1.0, task.cost * pace - now + began) for task, _, began in self.running.values()
+        ]
         side_by_side = 1 + len(rests)
         rests += [task.cost * pace for task in self.waiting.values()]
         return max(sum(rests) / side_by_side, *rests, 0)
