@@ -74,7 +74,8 @@ validate: setup
 	done
 	$(BIN)/python -m papermill --log-level WARNING --no-progress-bar notebooks/7_your_digits.ipynb \
 		runs/validate/7_your_digits.ipynb
-	$(NBVAL) --nbval-sanitize-with tests/nbval_sanitize.cfg runs/validate/*.ipynb
+	$(NBVAL) --numprocesses 2 --dist loadfile --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		runs/validate/*.ipynb
 	MNIST_UTILS_RESULTS=runs/validate/none $(NBVAL) notebooks/8_comparison.ipynb
 
 test: setup

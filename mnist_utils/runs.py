@@ -37,12 +37,12 @@ if TYPE_CHECKING:  # nothing here but load_model needs TensorFlow
 SCHEMA_VERSION = 1
 RECORD_FILE = "metrics.json"
 MODEL_FILE = "model.keras"
-MOST_BYTES = 10**9  # of a file that is read whole; the largest here has a few million
+MOST_BYTES = 100_000_000  # of a file that is read whole; the largest here has a few million
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # larger ones are not exact as floats
+Positive = Annotated[int, Field(ge=1, lt=2**53)]
 
 
 class _Strict(BaseModel):

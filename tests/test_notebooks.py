@@ -248,29 +248,6 @@ def test_nothing_is_written_to_standard_error(setting, executed):
     assert [o for o in outputs if o.get("name") == "stderr" or o.output_type == "error"] == []
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_second_execution_prints_the_same_numbers(setting, executed, tmp_path):
-    # nbval executes the notebook again and compares what each cell gives; in a copy, because the
-    # notebook saves its run again.
-    first = executed(setting)
-    copy = tmp_path / "executed.ipynb"
-    results = str(first.folder.parents[1])
-    copy.write_text(first.path.read_text().replace(results, str(tmp_path / "runs")))
-    done = subprocess.run(
-        python(
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval"),
-            *("--nbval-sanitize-with", ROOT / "tests/nbval_sanitize.cfg"),
-            copy,
-        ),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(r"\d+ passed", done.stdout)
-    assert len(load_runs(tmp_path / "runs")[0]) == 1
-
-
 def test_another_seed_gives_other_numbers(executed):
     first, other = executed("a2").record, executed("a2", seed=4).record
     assert first.history != other.history

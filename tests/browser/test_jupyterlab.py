@@ -21,15 +21,8 @@ pytestmark = pytest.mark.browser
 
 SCREENSHOTS = ROOT / "browser-screenshots"
 EPOCHS = 3
-CHROMIUM_OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+CHROMIUM_OPTIONS = """--no-sandbox --disable-gpu --disable-quic --disable-sync --no-first-run
+    --disable-background-networking --disable-component-update""".split()
 
 
 def find_chromium() -> str | None:
@@ -47,12 +40,13 @@ def project(small_mnist, tmp_path_factory) -> Path:
     for path in folder.glob("notebooks/*.ipynb"):
         notebook = nbformat.read(path, 4)
         for cell in notebook.cells:
-            if "parameters" in cell.metadata.get("tags", []):
-                for name, value in small.items():
-                    changed = rf"\g<1>{value!r}"
-                    cell.source = re.sub(rf"(?m)^({name}: \w+ = )\S+", changed, cell.source)
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
+            for name, value in (
+                small.items() if "parameters" in cell.metadata.get("tags", []) else ()
+            ):
+                changed = rf"\g<1>{value!r}"
+                cell.source = re.sub(rf"(?m)^({name}: \w+ = )\S+", changed, cell.source)
         nbformat.write(notebook, path)
     return folder
 
@@ -65,11 +59,11 @@ def server(project, tmp_path_factory):
     options += " --ServerApp.port=0 --IdentityProvider.token=test"
     make = ["make", "-n", "jupyter", f"JUPYTER_OPTIONS={options}"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
+    folders = dict.fromkeys(("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"), str(home))
     process = subprocess.Popen(
         python(*shlex.split(re.search("/python (-m jupyterlab .*)", printed)[1])),
         cwd=project,
-        env=os.environ
-        | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home)},
+        env=os.environ | folders,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -142,9 +136,9 @@ def cell_outputs(page) -> list[list[dict]]:
     )
 
 
-def cell_index(project, name: str, wanted: str) -> int:
+def cell_index(project, name: str, text: str) -> int:
     cells = nbformat.read(project / f"notebooks/{name}.ipynb", 4).cells
-    return [cell.id for cell in cells].index(wanted)
+    return next(i for i, c in enumerate(cells) if c.cell_type == "code" and text in c.source)
 
 
 def wait_until_done(page) -> None:
@@ -168,16 +162,14 @@ def take_pictures(page, name: str, indices: list[int]) -> None:
     """
     if not os.environ.get("CI"):
         return
-    for theme in ("JupyterLab Light", "JupyterLab Dark"):
-        page.evaluate(
-            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme
-        )
+    for shade in ("Light", "Dark"):
+        theme = f"theme: 'JupyterLab {shade}'"
+        page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{{theme}}})")
         page.wait_for_timeout(1000)
         for index in indices:
             show_cell(page, index)
             page.wait_for_timeout(500)
-            shade = theme.split()[1].lower()
-            page.screenshot(path=SCREENSHOTS / f"{name}-{index:02d}-{shade}.png")
+            page.screenshot(path=SCREENSHOTS / f"{name}-{index:02d}-{shade.lower()}.png")
 
 
 # Notes at every change of the page, however fast, what a reader sees of the training cell.
@@ -214,7 +206,7 @@ def run_without_fault(page) -> list[list[dict]]:
 @pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
 def test_the_loss_is_drawn_in_place_while_the_model_trains(name, page, server, project):
     open_notebook(page, server, name)
-    training = cell_index(project, name, "training")
+    training = cell_index(project, name, "model.fit(")
     show_cell(page, training)
     page.evaluate(WATCH_TRAINING)
     outputs = run_without_fault(page)
@@ -244,9 +236,9 @@ def test_make_jupyter_opens_at_the_notebooks_and_links_lead_out_of_their_folder(
 def test_a_readers_digits_are_shown_and_answered(page, server, project):
     open_notebook(page, server, "7_your_digits")
     outputs = run_without_fault(page)
-    for wanted in ("picture", "images", "steps"):
-        shown = json.dumps(outputs[cell_index(project, "7_your_digits", wanted)])
-        assert "image/png" in shown
+    for text in ("read_picture(picture", "show_digits(images", "steps(photo)"):
+        shown = outputs[cell_index(project, "7_your_digits", text)]
+        assert "image/png" in json.dumps(shown)
     assert "The models disagree on:" in json.dumps(outputs)
 
 
@@ -257,8 +249,7 @@ def test_the_comparison_shows_tables_and_figures(page, server, project):
     assert f"runs of the collection, {own} of your own." in json.dumps(outputs)
     tables = [i for i, cell in enumerate(outputs) if "<table" in json.dumps(cell)]
     figures = [i for i, cell in enumerate(outputs) if "image/png" in json.dumps(cell)]
-    assert len(tables) >= 4
-    assert len(figures) >= 3
+    assert len(tables) >= 4 and len(figures) >= 3
     show_cell(page, tables[0])
     table = page.locator(".jp-RenderedHTMLCommon table").first
     table.wait_for()
@@ -267,9 +258,6 @@ def test_the_comparison_shows_tables_and_figures(page, server, project):
     for index in tables:
         show_cell(page, index)
         page.wait_for_timeout(300)
-        too_wide = page.evaluate(
-            """() => [...document.querySelectorAll('.jp-RenderedHTMLCommon')].filter(
-                place => place.scrollWidth > place.clientWidth + 1).length"""
-        )
-        assert too_wide == 0
+        wide = "places => places.filter(place => place.scrollWidth > place.clientWidth + 1).length"
+        assert page.eval_on_selector_all(".jp-RenderedHTMLCommon", wide) == 0
     take_pictures(page, "8_comparison", [0, *tables, *figures])
