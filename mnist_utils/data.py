@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import math
 import struct
 import zipfile
@@ -63,13 +62,6 @@ def load_mnist(dataset: str = "mnist", train_samples: int | None = None, seed: i
 def load_test_images() -> np.ndarray:
     """Return the embedded test images alone, uint8 (10000, 28, 28); raise as load_mnist does."""
     return _read_embedded(["x_test"])["x_test"]
-
-
-def pack_dataset(path: Path) -> bytes:
-    """Return an npz file, or a folder of IDX files, as an npz file's bytes; or raise InputError."""
-    packed = io.BytesIO()
-    np.savez(packed, **_read_arrays(path, str(path)))  # type: ignore[arg-type]
-    return packed.getvalue()
 
 
 def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:

@@ -95,18 +95,20 @@ class UnfitWorker(Exception):
 def make_tasks(settings: list[str], values: dict[str, list[Any]]) -> list[Task]:
     """Return a task for each setting and combination of values, in the order of running.
 
-    Small models come first, and the first seed of each before the second of any. Where two would
-    make the same run there is one. Raises InputError for a bad parameter.
+    Small models come first, but the largest second, and the first seed of all before the second
+    of any. Where two would make the same run there is one. Raises InputError for a bad parameter.
     """
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise InputError(f"models has {unknown[0]!r}; it must be some of {', '.join(SETTINGS)}.")
     notebooks = {setting: read_notebook(SETTINGS[setting].notebook) for setting in settings}
     values = {"seed": values.get("seed", [0]), **values}
     shown = [name for name in values if len(values[name]) > 1 and name != "seed"]
+    order = sorted(set(settings), key=[*COSTS, *settings].index)
+    order.insert(1, order.pop())  # begun last, it would run alone, beside idle cores
     tasks = [
         make_task(setting, notebooks[setting], dict(zip(values, chosen, strict=True)), shown)
         for chosen in itertools.product(*values.values())
-        for setting in sorted(settings, key=[*COSTS, *settings].index)
+        for setting in order
     ]
     return list({task.folder: task for task in tasks}.values())
 

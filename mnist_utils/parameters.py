@@ -207,8 +207,8 @@ def dataset_path(dataset: str) -> Path:
     """Return where a data set lies: from the working folder, else from the project's."""
     if DATASET_VARIABLE in os.environ:
         return Path(os.environ[DATASET_VARIABLE])
-    path = Path(dataset).expanduser()
-    return path if path.exists() else project_folder() / path
+    path = Path(os.path.expanduser(dataset))  # Path's own raise errors for odd names
+    return path if os.path.exists(path) else project_folder() / path
 
 
 def dataset_name(dataset: str) -> str:
@@ -217,11 +217,13 @@ def dataset_name(dataset: str) -> str:
         return dataset
     path = dataset_path(dataset)
     try:
-        files = sorted(path.glob("*idx*")) if path.is_dir() else [path]
+        files = sorted(path.glob("*idx*")) if os.path.isdir(path) else [path]
+        if any(os.path.exists(file) and not os.path.isfile(file) for file in files):
+            raise OSError(0, "not a file")  # a pipe would wait for ever
         stamps = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         digest = _sha256_of(stamps)
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = (getattr(error, "strerror", None) or "cannot be read").lower()
         raise InputError(
             f"dataset is {dataset!r} ({reason}); it must be {ALLOWED['dataset']}."
         ) from None
@@ -247,7 +249,12 @@ def results_folder(results_dir: str | None) -> Path:
     """Return the folder that holds a reader's records: ``results_dir``, or the project's runs/."""
     if RESULTS_VARIABLE in os.environ:
         return Path(os.environ[RESULTS_VARIABLE])
-    return project_folder() / "runs" if results_dir is None else Path(results_dir).expanduser()
+    if results_dir is None:
+        return project_folder() / "runs"
+    try:
+        return Path(results_dir).expanduser()
+    except RuntimeError:  # "~nobody"
+        raise refusal("results_dir", results_dir, ALLOWED["results_dir"]) from None
 
 
 def writable_folder(folder: Path) -> None:
@@ -255,8 +262,8 @@ def writable_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = (error.strerror or "not writable").lower()
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = (getattr(error, "strerror", None) or "not writable").lower()
         raise InputError(
             f"results_dir is {str(folder)!r} ({reason}); it must be {ALLOWED['results_dir']}."
         ) from None

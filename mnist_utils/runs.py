@@ -37,12 +37,12 @@ if TYPE_CHECKING:  # nothing here but load_model needs TensorFlow
 SCHEMA_VERSION = 1
 RECORD_FILE = "metrics.json"
 MODEL_FILE = "model.keras"
-MOST_BYTES = 100_000_000  # of a file that is read whole; the largest here has a few million
+MOST_BYTES = 10**9  # of a file that is read whole; the largest here has a few million
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0, lt=2**53)]  # larger ones are not exact as floats
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
@@ -271,8 +271,10 @@ def load_runs(results: Path) -> tuple[pd.DataFrame, list[str]]:
             run = record.run.model_dump()
             place = Path(record.model, run_name(run, by_hand=record.code_sha256 is None))
             if place != Path(folder.parent.name, folder.name):
-                raise InputError(f"{path}: it lies in another run's folder; its own is {place}.")
-            if not (folder / record.predictions.file).is_file():
+                raise InputError(
+                    f"{path}: it lies in another run's folder; its own is {str(place)!r}."
+                )
+            if not os.path.isfile(folder / record.predictions.file):
                 raise InputError(f"{folder / record.predictions.file}: missing.")
             first = seen.setdefault(record.predictions.sha256, folder)
             if first != folder:
@@ -379,8 +381,8 @@ def _read_checked(folder: Path, entry: File) -> bytes:
 def _read(path: Path) -> bytes:
     """Return a file's content; raise InputError when it is missing, or too large to be ours."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: larger than any file of a run.")
+        if path.stat().st_size > MOST_BYTES or not path.is_file():  # a pipe would never end
+            raise InputError(f"{path}: no file, or larger than any file of a run.")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}.") from None

@@ -11,7 +11,7 @@ import pytest
 from conftest import write_npz
 
 from mnist_utils import data
-from mnist_utils.data import IDX_FILES, balanced_subset, load_mnist, load_test_images, pack_dataset
+from mnist_utils.data import IDX_FILES, balanced_subset, load_mnist, load_test_images
 from mnist_utils.parameters import InputError
 from mnist_utils.training import make_batches, prepare_images
 
@@ -117,15 +117,6 @@ def test_a_folder_of_idx_files_is_read(case, small_arrays, tmp_path):
     (path,) = folder.glob("train-labels*")
     path.write_bytes(idx(small_arrays["y_train"].astype(">i4"), kind=0x0C))
     assert_loaded(folder, small_arrays)
-
-
-def test_a_packed_data_set_is_the_one_that_was_packed(small_mnist, small_arrays, tmp_path):
-    for number, own in enumerate((small_mnist, write_idx(tmp_path / "own", small_arrays))):
-        packed = tmp_path / f"{number}.npz"
-        packed.write_bytes(pack_dataset(own))
-        assert_loaded(packed, small_arrays)
-    with pytest.raises(InputError, match=r"train-images-idx3-ubyte is missing\."):
-        pack_dataset(tmp_path)
 
 
 TIMES = '0 to 1; it must be integers, 0 to 255: save np.round(255 * x_train).astype("uint8").'

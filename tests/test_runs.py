@@ -197,7 +197,7 @@ def test_a_copy_and_a_run_in_anothers_folder_are_named_and_left_out(save, tmp_pa
     for copy in copies:
         shutil.copytree(first, copy)
     change_record(copies[2], run__seed=2)
-    expected = [f"it lies in another run's folder; its own is a1/{first.name}."] * 4
+    expected = [f"it lies in another run's folder; its own is 'a1/{first.name}'."] * 4
     expected[2] = f"it repeats the run in {first}."
     table, problems = load_runs(tmp_path)
     assert list(table.path) == [first]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -21,8 +22,7 @@ pytestmark = pytest.mark.browser
 
 SCREENSHOTS = ROOT / "browser-screenshots"
 EPOCHS = 3
-CHROMIUM_OPTIONS = """--no-sandbox --disable-gpu --disable-quic --disable-sync --no-first-run
-    --disable-background-networking --disable-component-update""".split()
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"]
 
 
 def find_chromium() -> str | None:
@@ -42,11 +42,10 @@ def project(small_mnist, tmp_path_factory) -> Path:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-            for name, value in (
-                small.items() if "parameters" in cell.metadata.get("tags", []) else ()
-            ):
-                changed = rf"\g<1>{value!r}"
-                cell.source = re.sub(rf"(?m)^({name}: \w+ = )\S+", changed, cell.source)
+        (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+        for name, value in small.items():
+            changed = rf"\g<1>{value!r}"
+            cell.source = re.sub(rf"(?m)^({name}: \w+ = )\S+", changed, cell.source)
         nbformat.write(notebook, path)
     return folder
 
@@ -55,23 +54,18 @@ def project(small_mnist, tmp_path_factory) -> Path:
 def server(project, tmp_path_factory):
     """The address of a JupyterLab server over the copy, started as make jupyter does."""
     home = tmp_path_factory.mktemp("home")
-    options = "--no-browser --allow-root --expose-app-in-browser --ServerApp.ip=127.0.0.1"
-    options += " --ServerApp.port=0 --IdentityProvider.token=test"
+    options = "--no-browser --allow-root --expose-app-in-browser --IdentityProvider.token=test"
+    options += " --ServerApp.ip=127.0.0.1 --ServerApp.port=0"
     make = ["make", "-n", "jupyter", f"JUPYTER_OPTIONS={options}"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
     folders = dict.fromkeys(("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"), str(home))
-    process = subprocess.Popen(
-        python(*shlex.split(re.search("/python (-m jupyterlab .*)", printed)[1])),
-        cwd=project,
-        env=os.environ | folders,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield _address(process, home)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    command = python(*shlex.split(re.search("/python (-m jupyterlab .*)", printed)[1]))
+    quiet = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(command, cwd=project, env=os.environ | folders, **quiet) as process:
+        try:
+            yield _address(process, home)
+        finally:
+            process.terminate()
 
 
 def _address(process, runtime: Path) -> str:
@@ -80,12 +74,10 @@ def _address(process, runtime: Path) -> str:
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended"
         for path in runtime.glob("jpserver-*.json"):
-            try:
+            with suppress(OSError, ValueError):  # not whole, or not listening, yet
                 address = json.loads(path.read_text())["url"]
                 urllib.request.urlopen(f"{address}api").close()
                 return address
-            except (OSError, ValueError):  # not whole, or not listening, yet
-                pass
         time.sleep(0.2)
     raise AssertionError("the server did not start in two minutes")
 
@@ -118,14 +110,9 @@ def run_all(page) -> None:
 
 def show_cell(page, index: int) -> None:
     """Bring a cell to the window's top, as a reader who scrolls to it does."""
-    page.evaluate(
-        """async (index) => {
-            const notebook = window.jupyterapp.shell.currentWidget.content;
-            notebook.activeCellIndex = index;
-            await notebook.scrollToItem(index, 'start');
-        }""",
-        index,
-    )
+    notebook = "window.jupyterapp.shell.currentWidget.content"
+    scroll = f"{notebook}.activeCellIndex = index; await {notebook}.scrollToItem(index, 'start');"
+    page.evaluate(f"async index => {{ {scroll} }}", index)
 
 
 def cell_outputs(page) -> list[list[dict]]:
@@ -156,15 +143,12 @@ def wait_until_done(page) -> None:
 
 
 def take_pictures(page, name: str, indices: list[int]) -> None:
-    """Keep what a reader sees of these cells, in the light and in the dark theme.
-
-    Only where somebody will look at it: the workflow keeps the pictures.
-    """
+    """Keep what a reader sees of cells, in both themes, where the workflow shows it to somebody."""
     if not os.environ.get("CI"):
         return
     for shade in ("Light", "Dark"):
-        theme = f"theme: 'JupyterLab {shade}'"
-        page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{{theme}}})")
+        change = f"'apputils:change-theme', {{theme: 'JupyterLab {shade}'}}"
+        page.evaluate(f"window.jupyterapp.commands.execute({change})")
         page.wait_for_timeout(1000)
         for index in indices:
             show_cell(page, index)
@@ -174,21 +158,18 @@ def take_pictures(page, name: str, indices: list[int]) -> None:
 
 # Notes at every change of the page, however fast, what a reader sees of the training cell.
 WATCH_TRAINING = """() => {
-    const seen = {picturesWhileTraining: [], mostPicturesAtOnce: 0, bars: []};
-    window.seen = seen;
+    const seen = window.seen = {picturesWhileTraining: [], mostPicturesAtOnce: 0, bars: []};
     const add = (list, value) => { if (!list.includes(value)) list.push(value); };
     new MutationObserver(() => {
         const cell = [...document.querySelectorAll('.jp-Cell')].find(
             cell => cell.textContent.includes('DynamicLossPlot()'));
         const output = cell?.querySelector('.jp-Cell-outputArea');
-        if (!output) return;
-        const pictures = [...output.querySelectorAll('img')];
+        const pictures = [...(output?.querySelectorAll('img') ?? [])];
         seen.mostPicturesAtOnce = Math.max(seen.mostPicturesAtOnce, pictures.length);
-        const bar = output.textContent.match(/Epoch \\d+\\/\\d+ \\[[=.]+\\] +[\\w%]+/);
-        if (bar) {
-            add(seen.bars, bar[0]);
-            pictures.forEach(picture => add(seen.picturesWhileTraining, picture.src));
-        }
+        const bar = output?.textContent.match(/Epoch \\d+\\/\\d+ \\[[=.]+\\] +[\\w%]+/);
+        if (!bar) return;
+        add(seen.bars, bar[0]);
+        pictures.forEach(picture => add(seen.picturesWhileTraining, picture.src));
     }).observe(document.body, {subtree: true, childList: true, characterData: true});
 }"""
 
@@ -212,9 +193,8 @@ def test_the_loss_is_drawn_in_place_while_the_model_trains(name, page, server, p
     outputs = run_without_fault(page)
     seen = page.evaluate("window.seen")
     # It appeared, and changed while training ran, in one place; the bar below it moved.
-    assert len(seen["picturesWhileTraining"]) >= 2
+    assert len(seen["picturesWhileTraining"]) >= 2 and len(seen["bars"]) >= 2
     assert seen["mostPicturesAtOnce"] == 1
-    assert len(seen["bars"]) >= 2
     assert sum("image/png" in o.get("data", {}) for o in outputs[training]) == 1
     # The epoch lines stand beside the plot, one an epoch, on the page itself.
     show_cell(page, training)
@@ -237,8 +217,7 @@ def test_a_readers_digits_are_shown_and_answered(page, server, project):
     open_notebook(page, server, "7_your_digits")
     outputs = run_without_fault(page)
     for text in ("read_picture(picture", "show_digits(images", "steps(photo)"):
-        shown = outputs[cell_index(project, "7_your_digits", text)]
-        assert "image/png" in json.dumps(shown)
+        assert "image/png" in json.dumps(outputs[cell_index(project, "7_your_digits", text)])
     assert "The models disagree on:" in json.dumps(outputs)
 
 
@@ -251,9 +230,7 @@ def test_the_comparison_shows_tables_and_figures(page, server, project):
     figures = [i for i, cell in enumerate(outputs) if "image/png" in json.dumps(cell)]
     assert len(tables) >= 4 and len(figures) >= 3
     show_cell(page, tables[0])
-    table = page.locator(".jp-RenderedHTMLCommon table").first
-    table.wait_for()
-    assert "CNN A.1" in table.inner_text()
+    page.locator(".jp-RenderedHTMLCommon table", has_text="CNN A.1").first.wait_for()
     # The widest table fits its place: nothing is cut off or hidden behind a scroll bar.
     for index in tables:
         show_cell(page, index)
