@@ -28,8 +28,8 @@ function draw(context, strokes, width) {
   Object.assign(context, { lineWidth: width, lineCap: "round", lineJoin: "round" });
   for (const stroke of strokes) {
     context.beginPath();
-    context.moveTo(...stroke[0]);
-    for (const point of stroke) context.lineTo(...point); // a single point gives a dot
+    context.moveTo(stroke[0][0] - 0.1, stroke[0][1]); // so that a single point gives a dot
+    for (const point of stroke) context.lineTo(...point);
     context.stroke();
   }
 }

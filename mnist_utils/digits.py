@@ -333,8 +333,9 @@ class Canvas(anywidget.AnyWidget):
     def _answer(self, change: dict[str, Any]) -> None:
         png = io.BytesIO(base64.b64decode(change["new"]["png"]))
         ink = np.asarray(Image.open(png).getchannel("A"), np.float32)
-        rows, columns = ndimage.find_objects((ink > 0).astype(int))[0]
-        image = fit(ink[rows, columns])
+        image = np.zeros((SIDE, SIDE), np.uint8)
+        for place in ndimage.find_objects((ink > 0).astype(int)):  # none where nothing is drawn
+            image = fit(ink[place])
         self.answer = {
             "number": change["new"]["number"],
             "pixels": image.ravel().tolist(),

@@ -18,7 +18,7 @@ PHOTOGRAPHS = 240
 
 
 @cache
-def test_set() -> tuple[np.ndarray, np.ndarray]:
+def mnist_test() -> tuple[np.ndarray, np.ndarray]:
     return load_mnist()[1]
 
 
@@ -86,7 +86,7 @@ SHEET = [3, 2, 1, 18, 4, 8, 11, 0, 61, 7, 10, 63]  # which test images
 
 def write_sheet() -> None:
     """Write mnist_utils/sheet.png; with few grey levels, so that it stays small."""
-    sheet = make_sheet(test_set()[0][SHEET]) // 16 * 16 + 8
+    sheet = make_sheet(mnist_test()[0][SHEET]) // 16 * 16 + 8
     Image.fromarray(sheet).quantize(16).save(digits.SHEET, optimize=True)
 
 
@@ -103,7 +103,7 @@ def read_photographs() -> tuple[np.ndarray, np.ndarray]:
 
     An empty image stands for a picture in which not exactly one digit was found.
     """
-    x, y = test_set()
+    x, y = mnist_test()
     chosen = np.random.default_rng(7).permutation(len(x))[:PHOTOGRAPHS]
     images = np.zeros((PHOTOGRAPHS, 28, 28), np.uint8)
     for place, i in enumerate(chosen.tolist()):
@@ -122,7 +122,7 @@ def test_the_models_read_photographed_digits():
 
 
 def test_without_the_preparation_they_do_not():
-    x, y = test_set()
+    x, y = mnist_test()
     made = [steps(photograph(image, seed)) for seed, image in enumerate(x[:60])]
     accuracy = {
         step: (predict(models()["CNN D"], np.stack([m[step] for m in made])).argmax(1) == y[:60])
@@ -134,7 +134,7 @@ def test_without_the_preparation_they_do_not():
 
 
 def test_a_prepared_photograph_is_nearly_the_image_it_was_made_of():
-    x, _ = test_set()
+    x, _ = mnist_test()
     for seed, image in enumerate(x[:30]):
         (read,), _ = read_picture(photograph(image, seed))
         assert likeness(read, image) > 0.9
@@ -148,7 +148,7 @@ def test_a_prepared_photograph_is_nearly_the_image_it_was_made_of():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dark", [True, False])
 def test_all_digits_of_a_sheet_are_found_in_order(seed, dark):
-    x, _ = test_set()
+    x, _ = mnist_test()
     images = x[100 + 12 * seed : 112 + 12 * seed]
     sheet = make_sheet(images, seed)
     found, boxes = read_picture(sheet if dark else 255 - sheet)
@@ -162,7 +162,7 @@ def test_all_digits_of_a_sheet_are_found_in_order(seed, dark):
 
 
 def test_a_line_of_digits_may_slope():
-    x, _ = test_set()
+    x, _ = mnist_test()
     sheet = Image.fromarray(make_sheet(x[:12], squared=0)).rotate(6, fillcolor=190)
     found, _ = read_picture(np.asarray(sheet))
     for read, image in zip(found, x[:12], strict=True):
@@ -170,7 +170,7 @@ def test_a_line_of_digits_may_slope():
 
 
 def test_the_sheet_that_ships_is_made_of_test_digits():
-    x, _ = test_set()
+    x, _ = mnist_test()
     with Image.open(digits.SHEET) as sheet:
         made = make_sheet(x[SHEET]).astype(int)
         assert np.abs(np.asarray(sheet.convert("L")) - made).max() <= 16
@@ -181,7 +181,7 @@ def test_the_sheet_that_ships_is_made_of_test_digits():
 
 @pytest.mark.parametrize("turns", range(4))
 def test_exif_rotation_is_heeded_and_boxes_are_those_of_the_turned_picture(turns):
-    x, _ = test_set()
+    x, _ = mnist_test()
     picture = photograph(x[0], 2)
     expected, box = read_picture(picture)
     found, turned_box = read_picture(turned_jpeg(picture, turns, quality=95))
@@ -205,7 +205,7 @@ def test_a_bar_close_to_its_five_belongs_to_it():
 
 
 def test_specks_and_a_dark_table_are_no_digits():
-    x, _ = test_set()
+    x, _ = mnist_test()
     picture = photograph(x[0], 3).copy()
     expected, _ = read_picture(picture)
     speckled = picture.copy()
@@ -219,7 +219,7 @@ def test_specks_and_a_dark_table_are_no_digits():
 
 
 def test_every_kind_of_picture_that_pillow_opens_is_read(tmp_path):
-    x, _ = test_set()
+    x, _ = mnist_test()
     picture = photograph(x[0], 4)
     expected, _ = read_picture(picture)
     image = Image.fromarray(picture)
@@ -242,7 +242,7 @@ def test_every_kind_of_picture_that_pillow_opens_is_read(tmp_path):
 
 @pytest.mark.parametrize("colour", [0, 255])
 def test_ink_on_nothing_is_read(colour):
-    x, _ = test_set()
+    x, _ = mnist_test()
     alpha = np.kron(x[0], np.ones((9, 9), np.uint8))
     expected, _ = read_picture(alpha)
     found, _ = read_picture(np.dstack([np.full((*alpha.shape, 3), colour, np.uint8), alpha]))
@@ -250,7 +250,7 @@ def test_ink_on_nothing_is_read(colour):
 
 
 def test_mnists_own_images_are_pictures_too():
-    for image in test_set()[0][:20]:
+    for image in mnist_test()[0][:20]:
         for picture in (image, 255 - image):
             (read,), _ = read_picture(picture)
             assert likeness(read, image) > 0.85
@@ -296,7 +296,7 @@ def test_a_huge_picture_is_refused_before_it_is_decoded():
 
 
 def test_a_large_jpeg_is_decoded_small():
-    x, _ = test_set()
+    x, _ = mnist_test()
     picture = Image.fromarray(photograph(x[0], 5)).resize((9000, 8000))
     file = io.BytesIO()
     picture.save(file, "JPEG")
@@ -326,6 +326,9 @@ def test_the_canvas_answers_what_is_drawn():
     image = np.reshape(canvas.answer["pixels"], (28, 28))
     assert image.max() == 255 and np.nonzero(image)[0].tolist()[::39] == [4, 23]
     assert np.shape(canvas.answer["probabilities"]) == (2, 10)
+    blank = base64.b64encode(encode(0 * drawn, "PNG")).decode()
+    canvas.drawing = {"number": 4, "png": blank}
+    assert canvas.answer["number"] == 4 and not any(canvas.answer["pixels"])
 
 
 def test_without_a_page_nothing_is_left_but_a_picture():
