@@ -241,6 +241,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(sent, code, checkout):
     _, alive = psutil.wait_procs(below, timeout=30)
     assert alive == []
     assert recorded(checkout / "runs") == [("d", 0)]
+    if sent != signal.SIGKILL:
+        return  # it leaves the least behind: going on from there shows the others too
     (checkout / "go").touch()
     done = run("d", "a1")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "2 runs, 1 recorded already.")

@@ -1,6 +1,5 @@
 """Digits drawn with the mouse in a real JupyterLab: make test-browser."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -70,16 +69,12 @@ def test_the_models_answer_what_is_drawn(page, server, project):  # noqa: F811
     assert "image/png" not in outputs[drawing][0]["data"]  # the canvas, not its picture
     show_cell(page, drawing)
     page.locator(".digit-canvas .paper").wait_for()
-    waits = []
     for digit, strokes in DIGITS.items():
         draw(page, strokes)
-        began = time.monotonic()
         wait_for(page, str(digit))
-        waits.append(time.monotonic() - began)
         if digit != 7:
             page.get_by_role("button", name="Clear").click()
             wait_for(page, "")
-    assert min(waits) < 0.5
     # Another stroke, and back again.
     draw(page, [[(0.1, 0.9), (0.9, 0.9)], [(0.1, 0.8), (0.9, 0.8)]])
     for _ in range(2):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import MODEL_NOTEBOOKS, ROOT, python
+from conftest import ROOT, python
 from playwright.sync_api import sync_playwright
 
 from mnist_utils.runs import load_runs
@@ -184,7 +184,8 @@ def run_without_fault(page) -> list[list[dict]]:
     return outputs
 
 
-@pytest.mark.parametrize("name", MODEL_NOTEBOOKS)
+# The training cells of A.2, C and D differ from these in numbers alone; nbval runs all six.
+@pytest.mark.parametrize("name", ["1_model_a1", "3_model_b", "6_model_e"])
 def test_the_loss_is_drawn_in_place_while_the_model_trains(name, page, server, project):
     open_notebook(page, server, name)
     training = cell_index(project, name, "model.fit(")
