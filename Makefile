@@ -40,7 +40,7 @@ help:
 
 setup: $(LINKED)
 
-$(INSTALLED): requirements.txt
+$(INSTALLED):
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, for TensorFlow; name one with PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-compile --requirement requirements.txt  # half the time; Python compiles what it uses
