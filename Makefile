@@ -17,7 +17,8 @@ PARAMETERS = $(call parameter,EPOCHS,epochs) $(call parameter,BATCH_SIZE,batch_s
 	$(call parameter,PRECISION,precision) $(call parameter,KEEP_MODEL,keep_model) \
 	$(call option,SEEDS,--seeds) $(call option,RESULTS_DIR,--results-dir) \
 	$(call option,SCHEDULER,--scheduler) $(call option,WORKERS,--workers)
-NBVAL := $(BIN)/python -m pytest -q -p no:cacheprovider -p no:randomly --nbval --nbval-cell-timeout=14400
+NBVAL := $(BIN)/python -m pytest -q -p no:cacheprovider -p no:randomly --nbval --nbval-current-env \
+	--nbval-cell-timeout=14400
 
 .PHONY: help setup run quick jupyter validate test test-browser lint types bench html picture links \
 	lock clean
@@ -67,7 +68,7 @@ jupyter: setup
 
 # As a user's own CI would: papermill with small parameters, nbval over what came out, and
 # strictly over the comparison, of the reference runs alone.
-PAPERMILL := $(BIN)/python -m papermill --log-level WARNING --no-progress-bar
+PAPERMILL := $(BIN)/python -m papermill --kernel python3 --log-level WARNING --no-progress-bar
 SMALL := -p epochs 1 -p batch_size 64 -p dataset mnist-small -p train_samples 640
 validate: setup
 	rm -rf runs/validate && mkdir -p runs/validate/notebooks runs/validate/none

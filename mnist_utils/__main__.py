@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, interrupt)  # as schedulers send it
     try:
-        from mnist_utils.headless import make_tasks, run_all, say  # slow to import
+        from mnist_utils.headless import make_tasks, run_all  # slow to import
 
         values = parse_values(options)
         tasks = make_tasks(options.models, values)
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        say("\nInterrupted. What is recorded is kept; the same command goes on from there.")
+        print("\nInterrupted. What is recorded is kept; the same command goes on from there.")
         return interruption.args[0] if interruption.args else 130
 
 

@@ -281,8 +281,8 @@ def photograph(image: np.ndarray, seed: Any) -> np.ndarray:
 def trained_models(results_dir: str | None = None) -> dict[str, "keras.Model"]:
     """Return a trained model of each setting, by the name under which it is shown.
 
-    A reader's newest run whose model was kept comes before the reference run. Raises InputError
-    where there is none at all.
+    A reader's newest run whose model was kept comes before the reference run; a damaged model is
+    named and left out. Raises InputError where there is none at all.
     """
     models = {}
     places = ((results_folder(results_dir), ", yours"), (reference_folder(), ""))
@@ -292,9 +292,13 @@ def trained_models(results_dir: str | None = None) -> dict[str, "keras.Model"]:
             kept = [
                 run for run in runs["path"][runs["setting"] == key] if (run / MODEL_FILE).exists()
             ]
-            if kept:
-                newest = max(kept, key=lambda run: (run / RECORD_FILE).stat().st_mtime)
-                models[setting.title + whose] = load_model(newest)
+            kept.sort(key=lambda run: (run / RECORD_FILE).stat().st_mtime)
+            while kept and setting.title + whose not in models:
+                try:
+                    models[setting.title + whose] = load_model(kept.pop())
+                except InputError as error:
+                    print("Left out:", error)
+            if setting.title + whose in models:
                 break
     if not models:
         raise InputError("No trained model was found; run a model's notebook, such as 5_model_d.")

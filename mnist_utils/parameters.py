@@ -252,9 +252,12 @@ def results_folder(results_dir: str | None) -> Path:
     if results_dir is None:
         return project_folder() / "runs"
     try:
-        return Path(results_dir).expanduser()
+        folder = Path(results_dir).expanduser()
     except RuntimeError:  # "~nobody"
         raise refusal("results_dir", results_dir, ALLOWED["results_dir"]) from None
+    # An executed copy that is run again where it lies means the folder that it lies in.
+    around = project_folder() / folder
+    return around if around in Path.cwd().parents else folder
 
 
 def writable_folder(folder: Path) -> None:

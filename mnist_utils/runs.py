@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import nbformat
 import numpy as np
 import pandas as pd
+from psutil import pid_exists
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mnist_utils.parameters import (
     CODE_VARIABLE,
+    OWN,
     InputError,
     Parameters,
     run_name,
@@ -40,9 +42,12 @@ MODEL_FILE = "model.keras"
 MOST_BYTES = 10**9  # of a file that is read whole; the largest here has a few million
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# Bounded, so that no record's numbers overflow, nor its words fill a table or are taken for TeX.
+MOST = 10**12
+NotNegative = Annotated[float, Field(ge=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Words = Annotated[str, Field(max_length=100, pattern=r"^[^$\x00-\x1f]*$")]
 
 
 class _Strict(BaseModel):
@@ -54,14 +59,14 @@ class RunParameters(_Strict):
     """The parameters of a run; a model's own, such as first_kernel_size, are kept as well."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, int | float | str | bool]
+    __pydantic_extra__: dict[str, NotNegative | Count | Words | bool]
 
     epochs: Positive
     batch_size: Positive
     seed: Count
     train_samples: Positive | None
-    dataset: str
-    precision: str
+    dataset: Words
+    precision: Words
 
 
 class Architecture(_Strict):
@@ -107,8 +112,8 @@ class Record(_Strict):
     """What is kept of a run; everything the comparison needs."""
 
     schema_version: Annotated[int, Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)]
-    model: str
-    title: str
+    model: Words
+    title: Words
     run: RunParameters
     architecture: Architecture
     history: History
@@ -167,14 +172,23 @@ def save_run(
     ``probabilities`` are the model's answers for the test set (n, 10), ``y_test`` its one-hot
     labels (n, 10). ``evaluation_seconds`` are given where the evaluation is part of the cost. The
     files are wholly there or not there, the record last. Raises InputError for a number that is
-    not finite, and for a model that was not trained from its start by this one ``fit``: the seed
-    does not give its numbers.
+    not finite, for parameters changed since they were checked, and for a model that was not
+    trained from its start by this one ``fit``: the seed does not give its numbers.
     """
     if loss_plot.model is not model or not loss_plot.fresh:
         raise InputError(
             "The run is not saved: the model was not trained once, from its start, by the cell "
             "above, so its numbers are not those of the seed. Run the cells from the model's on."
         )
+    # The notebook's variables, or the script's: changed since they were checked, they were used.
+    now = vars(sys.modules["__main__"])
+    for name in ("epochs", "batch_size", "seed", "train_samples", "dataset", "precision", *OWN):
+        if now.get(name, getattr(parameters, name)) != getattr(parameters, name):
+            raise InputError(
+                f"The run is not saved: {name} is {now[name]!r}, and was "
+                f"{getattr(parameters, name)!r} when it was checked. Run the cells from the "
+                "parameters on, or set it back."
+            )
     history = {name: _rounded(loss_plot.history[name]) for name in History.model_fields}
     arrays = io.BytesIO()
     np.savez_compressed(
@@ -234,7 +248,8 @@ def remove_leftovers(folder: Path, keep: Container[str]) -> None:
     """Remove what an older run, or one that was killed while it wrote, left in a run's folder."""
     for pattern in ("predictions-*.npz", MODEL_FILE, ".*.part"):
         for path in folder.glob(pattern):
-            if path.name not in keep:
+            writer = path.name.split(".")[-2] if pattern == ".*.part" else ""
+            if path.name not in keep and not (writer.isdecimal() and pid_exists(int(writer))):
                 path.unlink(missing_ok=True)
 
 
@@ -320,9 +335,7 @@ def read_predictions(folder: Path) -> dict[str, np.ndarray]:
     entry = load_record(folder).predictions
     content = io.BytesIO(_read_checked(folder, entry))
     try:
-        with zipfile.ZipFile(content) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
-                raise ValueError
+        _check_size(content)
         with np.load(content, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("probabilities", "predicted", "labels")}
         kinds = [(array.dtype, array.shape[1:]) for array in found.values()]
@@ -349,6 +362,7 @@ def load_model(folder: Path) -> "keras.Model":
     from mnist_utils.training import keras
 
     try:
+        _check_size(io.BytesIO(content))
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary, MODEL_FILE)
             path.write_bytes(content)
@@ -357,6 +371,13 @@ def load_model(folder: Path) -> "keras.Model":
         raise InputError(
             f"{folder / entry.file}: not a Keras model, or one of another version."
         ) from None
+
+
+def _check_size(content: io.BytesIO) -> None:
+    """Raise an exception for what is no zip file, or one that is too large when unpacked."""
+    with zipfile.ZipFile(content) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+            raise ValueError
 
 
 def model_bytes(model: "keras.Model") -> bytes:

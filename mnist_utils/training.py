@@ -69,6 +69,12 @@ def set_up(seed: int, precision: str) -> None:
                 f"{name} is {os.environ[name]!r}; it must be unset: the parameter precision says "
                 "how a run computes."
             )
+    for name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
+        if name in os.environ:
+            raise InputError(
+                f"{name} is {os.environ[name]!r}; it must be unset: the parameters say for how "
+                "long a run trains."
+            )
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)

@@ -1,11 +1,13 @@
 """Digits read from pictures, on photographs made of MNIST's test digits."""
 
 import io
+import shutil
 import tracemalloc
 from functools import cache
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -302,6 +304,17 @@ def test_a_large_jpeg_is_decoded_small():
     picture.save(file, "JPEG")
     found, boxes = read_picture(file.getvalue())
     assert len(found) == 1 and boxes.max() > 1600
+
+
+def test_a_damaged_model_is_named_and_the_reference_stands_in(tmp_path, capsys):
+    (reference,) = (ROOT / "results/a2").glob("*-seed0")
+    copy = tmp_path / "a2" / reference.name
+    shutil.copytree(reference, copy)
+    assert "CNN A.2, yours" in digits.trained_models(str(tmp_path))
+    (copy / "model.keras").write_bytes(b"x")
+    found = digits.trained_models(str(tmp_path))
+    assert "CNN A.2" in found and "CNN A.2, yours" not in found
+    assert f"Left out: {copy / 'model.keras'}: not the record's file" in capsys.readouterr().out
 
 
 class Echo:

@@ -19,7 +19,7 @@ import pytest
 from conftest import NOTEBOOKS, ROOT, SMALL, output_text, python, write_npz
 
 from mnist_utils import headless
-from mnist_utils.__main__ import make_parser, parse_seeds, parse_values
+from mnist_utils.__main__ import main, make_parser, parse_seeds, parse_values
 from mnist_utils.headless import make_tasks, run_notebook, run_tasks, write_run
 from mnist_utils.parameters import SETTINGS, InputError
 from mnist_utils.runs import load_record, load_runs
@@ -195,7 +195,7 @@ def test_failing_notebooks_are_named_and_the_others_go_on(checkout):
     assert done.stderr == "2 failed: d seed 0, a2 seed 0\n"
     # Mended and run again, it leaves nothing of the failure, nor of a process killed as it wrote.
     (folder,) = (checkout / "runs/d").iterdir()
-    (folder / ".metrics.json.1.part").write_text("{")
+    (folder / ".metrics.json.999999999.part").write_text("{")
     write_stand_in(checkout, "d")
     assert run("d", "a1").returncode == 0
     assert {path.name for path in folder.iterdir()} == {
@@ -247,6 +247,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(sent, code, checkout):
     done = run("d", "a1")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "2 runs, 1 recorded already.")
     assert recorded(checkout / "runs") == [("a1", 0), ("d", 0)]
+
+
+def test_an_interruption_before_anything_runs_is_said_too(monkeypatch, capsys):
+    class Slow:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "mnist_utils.headless", Slow())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main(["run"]) == 130
+    assert "Interrupted." in capsys.readouterr().out
 
 
 def test_two_commands_at_once_share_the_work(checkout):

@@ -142,6 +142,8 @@ def test_home_and_relative_places_are_understood(check, small_mnist, tmp_path, m
     assert project_folder() == checkout
     assert check(dataset="small.npz").dataset_name == name
     assert check(results_dir=None).run_folder().parents[1] == checkout / "runs"
+    monkeypatch.chdir(checkout / "runs/a2/one")
+    assert check(results_dir="runs").run_folder().parents[1] == checkout / "runs"
     assert list(deep.iterdir()) == []
     # Outside of any checkout it is the one that the helpers lie in.
     monkeypatch.chdir(home)
@@ -166,6 +168,11 @@ def test_set_up_refuses_what_would_make_the_precision_another(monkeypatch):
         with pytest.raises(InputError, match=rf"^{name} is 'BF16'; it must be unset: the param"):
             set_up(0, "float32")
         monkeypatch.setenv(name, "strict")
+    for name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
+        monkeypatch.setenv(name, "1")
+        with pytest.raises(InputError, match=rf"^{name} is '1'; it must be unset: the param"):
+            set_up(0, "float32")
+        monkeypatch.delenv(name)
     set_up(0, "float32")
 
 

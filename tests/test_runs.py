@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import tracemalloc
 from functools import reduce
 
@@ -190,6 +191,21 @@ def change_record(folder, **changes):
     path.write_text(json.dumps(record))
 
 
+def test_a_parameter_changed_since_it_was_checked_is_not_saved(save, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "batch_size", 7, raising=False)
+    with pytest.raises(InputError, match=r"^The run is not saved: batch_size is 7, and was"):
+        save()
+
+
+def test_what_another_process_still_writes_is_left_alone(save):
+    folder = save()
+    (open_, dead) = (folder / f".metrics.json.{pid}.part" for pid in (os.getppid(), 999_999_999))
+    for path in (open_, dead):
+        path.write_text("{")
+    save()
+    assert open_.exists() and not dead.exists()
+
+
 def test_a_copy_and_a_run_in_anothers_folder_are_named_and_left_out(save, tmp_path):
     first = save()
     names = [first.name.replace("seed0", end) for end in ("seed0-by_hand", "seed1", "seed2")]
@@ -213,6 +229,10 @@ BAD_RECORDS = [
     ({"predictions__file": "../x.npz"}, "predictions.file"),
     ({"architecture__kernel_sizes": [[3, 3]]}, "one pair for each"),
     ({"run__first_kernel_size": float("nan")}, "first_kernel"),
+    ({"architecture__macs": 10**400}, "architecture.macs"),
+    ({"test_loss": 1e300}, "test_loss"),
+    ({"title": "$\\frac{$"}, "title"),
+    ({"run__dataset": "x" * 1000}, "run.dataset"),
     ("{", "not JSON"),
     ("[" * 100_000, "not JSON"),
     ("[]", "Input should be"),
