@@ -49,6 +49,7 @@ LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a kernel that dies as it starts
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+PATIENCE = 20.0  # seconds without any worker here, until new ones are started
 LOOK = 2.0  # seconds between two looks for new workers, and for runs that others train
 
 Files = dict[str, bytes]  # by their names, or places
@@ -402,6 +403,7 @@ class _Runner:
         self.unfit: dict[str, str] = {}  # workers, and what is wrong with them
         self.sent: dict[Path, Future] = {}  # data sets
         self.seconds = self.cost = 0.0  # of the runs that are done
+        self.seen = time.monotonic()  # when there was a worker
         self.topic = f"mnist_utils {uuid4()}"
         self.events: SimpleQueue[Future | str] = SimpleQueue()
         client.subscribe_topic(self.topic, lambda event: self.events.put(event[1]))
@@ -419,7 +421,21 @@ class _Runner:
                     continue
                 self.finish(event)
             self.fill()
+            if self.workers:
+                self.replace_workers()
         return self.failed
+
+    def replace_workers(self) -> None:
+        """Start new workers here when all are gone.
+
+        Dask restarts a worker that dies, but not one that dies before its start is wholly done.
+        """
+        if self.client.nthreads():
+            self.seen = time.monotonic()
+        elif time.monotonic() - self.seen > PATIENCE:
+            self.client.cluster.scale(0)
+            self.client.cluster.scale(self.workers)
+            self.seen = time.monotonic()
 
     def check_workers(self) -> None:
         """Wait for a worker, and look which of another cluster's are unfit."""

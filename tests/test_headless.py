@@ -17,6 +17,7 @@ import nbformat
 import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, SMALL, output_text, python, write_npz
+from distributed import Nanny
 
 from mnist_utils import headless
 from mnist_utils.__main__ import main, make_parser, parse_seeds, parse_values
@@ -286,6 +287,21 @@ def test_a_worker_that_is_killed_here_is_replaced(checkout):
     assert output.count("Epoch 1/4") == 1  # the second first epoch; the first one was read above
     psutil.wait_procs([kernel], timeout=10)
     assert recorded(checkout / "runs") == [("d", 0)]
+
+
+def test_a_worker_that_dask_does_not_restart_is_replaced_too(checkout, monkeypatch):
+    killed = checkout / "killed"
+    once = f"import pathlib, signal; killed = pathlib.Path({str(killed)!r})\n"
+    once += "if not killed.exists(): killed.touch(); os.kill(os.getppid(), signal.SIGKILL)"
+    write_stand_in(checkout, "d", once)
+
+    async def give_up(*_):  # as a Nanny does when its worker dies before it has wholly started
+        pass
+
+    monkeypatch.setattr(Nanny, "_on_worker_exit", give_up)
+    monkeypatch.setattr(headless, "PATIENCE", 1)
+    assert run_tasks(make_tasks(["d"], {"epochs": [1]})) == []
+    assert killed.exists() and recorded(checkout / "runs") == [("d", 0)]
 
 
 def test_when_nobody_reads_the_output_any_more_it_ends_quietly(checkout):
