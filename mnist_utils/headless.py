@@ -432,9 +432,9 @@ class _Runner:
         """
         if self.client.nthreads():
             self.seen = time.monotonic()
-        elif time.monotonic() - self.seen > PATIENCE:
-            self.client.cluster.scale(0)
-            self.client.cluster.scale(self.workers)
+        elif time.monotonic() - self.seen > PATIENCE and (cluster := self.client.cluster):
+            cluster.scale(0)
+            cluster.scale(self.workers)
             self.seen = time.monotonic()
 
     def check_workers(self) -> None:
