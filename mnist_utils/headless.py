@@ -328,6 +328,8 @@ def open_client(scheduler: str | None, workers: int) -> Iterator[Client]:
     if scheduler is None:
         # Nothing of the user's own Dask configuration, which may name a scheduler or want a key.
         dask.config.refresh(paths=[], env={})
+        # Nor what Dask's event loop logs of a connection that went with a worker.
+        logging.getLogger("tornado").setLevel(logging.CRITICAL)
         try:
             with socket.create_server((LOOPBACK, 0)) as server:  # Dask would try for 30 seconds
                 socket.create_connection(server.getsockname(), timeout=5).close()
