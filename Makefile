@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 # By content and place, so that a touched file wants no registry, and a renamed checkout works.
 INSTALLED := $(VENV)/installed-$(shell cksum < requirements.txt | tr -d ' ')
 LINKED := $(VENV)/linked-$(shell pwd | cksum | tr -d ' ')
-# pip compiles nothing, which saves half the time: Python does, what it uses.
 PIP := PIP_USER=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # A variable as the user typed it, as one word of the shell's, whatever is in it.
@@ -42,6 +41,7 @@ help:
 
 setup: $(LINKED)
 
+# pip compiles nothing, which saves half the time: Python does, what it uses.
 $(INSTALLED):
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, for TensorFlow; name one with PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)

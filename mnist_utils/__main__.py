@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError
+from mnist_utils.parameters import MOST_SEED, SETTINGS, InputError, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print("\nInterrupted. What is recorded is kept; the same command goes on from there.")
+        say("\nInterrupted. What is recorded is kept; the same command goes on from there.")
         return interruption.args[0] if interruption.args else 130
 
 

@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 from mnist_utils import parameters as names
 from mnist_utils import runs
 from mnist_utils.data import load_mnist
-from mnist_utils.parameters import SETTINGS, InputError
+from mnist_utils.parameters import SETTINGS, InputError, say
 
 # About the seconds of an epoch. The smallest run first; a model that is added later, last.
 COSTS = {"d": 12, "a2": 14, "a1": 17, "e": 30, "c": 90, "c7": 100, "b": 250}
@@ -636,12 +636,3 @@ def run_comparison(results: Path, given: dict[str, Any]) -> str | None:
     if problem and FAILED in files:
         problem += f" Its executed copy: {folder / FAILED}"
     return problem
-
-
-def say(*text: object) -> None:
-    """Print a line at once; end quietly when nobody reads any more, as with ``| head``."""
-    try:
-        print(*text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # as shells name an end by SIGPIPE

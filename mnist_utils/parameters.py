@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -90,6 +91,15 @@ class InputError(ValueError):
     def _render_traceback_(self) -> list[str]:
         # IPython and Jupyter show these lines in the traceback's place.
         return [f"{type(self).__name__}: {self}"]
+
+
+def say(*text: object) -> None:
+    """Print a line at once; end quietly when nobody reads any more, as with ``| head``."""
+    try:
+        print(*text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as shells name an end by SIGPIPE
 
 
 class Parameters(BaseModel):

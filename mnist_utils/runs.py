@@ -187,7 +187,7 @@ def save_run(
             raise InputError(
                 f"The run is not saved: {name} is {now[name]!r}, and was "
                 f"{getattr(parameters, name)!r} when it was checked. Run the cells from the "
-                "parameters on, or set it back."
+                "parameters on."
             )
     history = {name: _rounded(loss_plot.history[name]) for name in History.model_fields}
     arrays = io.BytesIO()
