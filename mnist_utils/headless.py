@@ -44,7 +44,7 @@ from mnist_utils.parameters import SETTINGS, InputError, say
 # About the seconds of an epoch. The smallest run first; a model that is added later, last.
 COSTS = {"d": 12, "a2": 14, "a1": 17, "e": 30, "c": 90, "c7": 100, "b": 250}
 COMPARISON = "8_comparison"
-EXECUTED, FAILED, LOCK = "executed.ipynb", "failed.ipynb", ".lock"
+EXECUTED, FAILED = "executed.ipynb", "failed.ipynb"
 LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a kernel that dies as it starts
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
@@ -470,7 +470,7 @@ class _Runner:
         for task in list(self.waiting.values()):
             if len(self.running) >= (self.workers or len(fit) or 1):
                 break
-            lock = FileLock(task.folder / LOCK, timeout=0)  # it goes with its process
+            lock = FileLock(task.folder / runs.LOCK, timeout=0)  # it goes with its process
             try:
                 lock.acquire()
             except Timeout:
@@ -627,10 +627,11 @@ def run_comparison(results: Path, given: dict[str, Any]) -> str | None:
     notebook, folder = to_send(read_notebook(COMPARISON)), results / COMPARISON
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK):  # another command's end is waited for
+        with FileLock(folder / runs.LOCK):  # another command's end is waited for
             environment = {names.RESULTS_VARIABLE: str(results)}
             files, problem = run_notebook(notebook, given, environment, say, {})
             write_files(folder, files)
+            runs.remove_leftovers(folder, keep=files)
     except OSError as error:
         return f"{first_line(error)}."
     if problem and FAILED in files:

@@ -12,7 +12,10 @@ from IPython.display import DisplayHandle, display
 
 from mnist_utils.parameters import InputError
 from mnist_utils.plotting import RED, Figure, format_seconds, own_style, plt_dynamic, show
-from mnist_utils.training import keras  # both are imported there without what they would print
+from mnist_utils.training import (  # all three are imported there without what they would print
+    keras,
+    tf,
+)
 
 BAR_SECONDS = 0.25  # between two redraws of the progress bar
 # Between two redraws of the plot: seconds, and times what the last took, so at most 5 % of training
@@ -43,6 +46,11 @@ class DynamicLossPlot(keras.callbacks.Callback):
                 "This model was trained before, so what follows is not what the seed gives, and "
                 "will not be saved. To start anew, run the model's cell first."
             )
+        # What save_run must know to refuse numbers that are not those of the seed: the seed set
+        # last, and an older training's evaluation, where a notebook has one.
+        self.seed = tf.compat.v1.get_seed(1)[0]
+        main = vars(sys.modules["__main__"])
+        self.outdated = [main.get(name) for name in ("score", "probabilities")]
         self.epochs, self.steps = self.params["epochs"], self.params["steps"]
         names = "loss", "accuracy", "val_loss", "val_accuracy"
         self.history: dict[str, list[float | None]] = {name: [] for name in names}

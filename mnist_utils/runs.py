@@ -1,6 +1,7 @@
 """The record of a run and the trained model: save, load and check."""
 
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import nbformat
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from psutil import pid_exists
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:  # nothing here but load_model needs TensorFlow
 SCHEMA_VERSION = 1
 RECORD_FILE = "metrics.json"
 MODEL_FILE = "model.keras"
+LOCK = ".lock"  # of a folder, while it is written
 MOST_BYTES = 10**9  # of a file that is read whole; the largest here has a few million
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -122,7 +125,7 @@ class Record(_Strict):
     steps: Count | None = None  # of the optimizer
     seconds_per_epoch: list[NotNegative]
     evaluation_seconds: NotNegative = 0.0  # of an evaluation that belongs to the model's cost
-    environment: dict[str, str | int]
+    environment: dict[str, str | Count]
     predictions: File
     model_file: File | None = None
     code_sha256: str | None
@@ -172,13 +175,20 @@ def save_run(
     ``probabilities`` are the model's answers for the test set (n, 10), ``y_test`` its one-hot
     labels (n, 10). ``evaluation_seconds`` are given where the evaluation is part of the cost. The
     files are wholly there or not there, the record last. Raises InputError for a number that is
-    not finite, for parameters changed since they were checked, and for a model that was not
-    trained from its start by this one ``fit``: the seed does not give its numbers.
+    not finite, for parameters changed since they were checked, for a model that was not built
+    with the seed and trained from its start by this one ``fit``, so that the seed does not give
+    its numbers, and for an evaluation older than the training.
     """
-    if loss_plot.model is not model or not loss_plot.fresh:
+    seed = parameters.seed % (2**31 - 1)  # as TensorFlow keeps it
+    if loss_plot.model is not model or not loss_plot.fresh or loss_plot.seed != seed:
         raise InputError(
             "The run is not saved: the model was not trained once, from its start, by the cell "
             "above, so its numbers are not those of the seed. Run the cells from the model's on."
+        )
+    if any(old is given for old in loss_plot.outdated for given in (score, probabilities)):
+        raise InputError(
+            "The run is not saved: its evaluation is that of an earlier training. Run the cells "
+            "after the training's again."
         )
     # The notebook's variables, or the script's: changed since they were checked, they were used.
     now = vars(sys.modules["__main__"])
@@ -227,12 +237,12 @@ def save_run(
         raise InputError(f"The run was not saved: {first_fault(error)}.") from None
     folder = parameters.run_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    write_whole(
-        folder / RECORD_FILE, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
-    )
-    remove_leftovers(folder, keep=files)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    with FileLock(folder / LOCK):  # two kernels may save the same run at once
+        for name, content in files.items():
+            write_whole(folder / name, content)
+        write_whole(folder / RECORD_FILE, text.encode())
+        remove_leftovers(folder, keep=files)
     if len(history["loss"]) < parameters.epochs:
         print(f"Stopped after {len(history['loss'])} of {parameters.epochs} epochs.")
     # As the reader gave it: a worker's own folder is a temporary one.
@@ -389,7 +399,37 @@ def model_bytes(model: "keras.Model") -> bytes:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, MODEL_FILE)
         copy.save(path)
-        return path.read_bytes()
+        return without_defaults(path.read_bytes())
+
+
+def without_defaults(model: bytes) -> bytes:
+    """Return a .keras file that names no argument of a layer which has its default.
+
+    Keras writes all of them, and an older Keras refuses a file with one that it does not know.
+    """
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(model)) as old, zipfile.ZipFile(result, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "config.json":
+                content = json.dumps(json.loads(content, object_hook=_drop_defaults)).encode()
+            new.writestr(entry, content)
+    return result.getvalue()
+
+
+def _drop_defaults(part: dict[str, Any]) -> dict[str, Any]:
+    """Drop the defaults of a part of a model's configuration, if it is that of a Keras object."""
+    class_ = getattr(sys.modules.get(part.get("module") or ""), part.get("class_name", ""), None)
+    if class_ is None:
+        return part
+    arguments = inspect.signature(class_.__init__).parameters
+    return part | {
+        "config": {
+            name: value
+            for name, value in part["config"].items()
+            if name not in arguments or arguments[name].default != value
+        }
+    }
 
 
 def _read_checked(folder: Path, entry: File) -> bytes:

@@ -46,11 +46,11 @@ with _quiet_stderr():
 
 
 def set_up(seed: int, precision: str) -> None:
-    """Set all that a run's numbers depend on, and print the device.
+    """Set all that a run's numbers depend on but the seed, and print the device.
 
-    The same seed then gives the same numbers on the same machine, whatever the reader's
-    keras.json says. Raises InputError for mixed_float16 without a GPU, where it is slow and
-    loses small gradients, and where the environment makes float32 less than it says.
+    The model's cell sets the seed, which then gives the same numbers on the same machine, whatever
+    the reader's keras.json says. Raises InputError for mixed_float16 without a GPU, where it is
+    slow and loses small gradients, and where the environment makes float32 less than it says.
     """
     if precision == "mixed_float16" and not GPUS:
         raise refusal("precision", precision, f"{ALLOWED['precision']}; no GPU was found")
@@ -79,7 +79,6 @@ def set_up(seed: int, precision: str) -> None:
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
     keras.config.set_dtype_policy(precision)
-    keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
     device = "a GPU" if GPUS else "the CPU"
     print(f"Training on {device}, precision {precision}, seed {seed}.")

@@ -4,13 +4,14 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import subprocess
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, SMALL, python
 from scipy import stats
 
 from mnist_utils import comparison
@@ -409,15 +410,28 @@ def test_a_readers_folder_named_results_is_not_taken_for_the_reference_runs(tmp_
     assert reference_folder() == ROOT / "results"
 
 
-@pytest.mark.parametrize("name", ["notebooks/8_comparison", "studies/steps_of_d"])
-def test_they_run_as_scripts_too(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("notebooks/5_model_d", "Saved the run in"),
+        ("notebooks/8_comparison", "CNN A.1"),
+        ("studies/steps_of_d", "CNN A.1"),
+    ],
+)
+def test_they_run_as_scripts_too(name, printed, small_mnist, tmp_path):
     notebook = ROOT / f"{name}.ipynb"
     output = ["--to", "script", "--output-dir", tmp_path, "--log-level", "ERROR"]
     subprocess.run(python("-m", "nbconvert", *output, notebook), check=True)
     script = next(tmp_path.glob("*.py"))
+    text = script.read_text()
+    for name, value in (
+        SMALL | {"dataset": str(small_mnist), "results_dir": str(tmp_path)}
+    ).items():
+        text = re.sub(rf"^{name}: .*", f"{name} = {value!r}", text, flags=re.MULTILINE)
+    script.write_text(text)
     done = subprocess.run(
         python(script), cwd=notebook.parent, capture_output=True, text=True, check=True
     )
-    assert "CNN A.1" in done.stdout
+    assert printed in done.stdout
     assert "base64" not in done.stdout
     assert len(done.stdout) < 20_000

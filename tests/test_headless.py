@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -23,7 +24,7 @@ from mnist_utils import headless
 from mnist_utils.__main__ import main, make_parser, parse_seeds, parse_values
 from mnist_utils.headless import make_tasks, run_notebook, run_tasks, write_run
 from mnist_utils.parameters import SETTINGS, InputError
-from mnist_utils.runs import load_record, load_runs
+from mnist_utils.runs import load_record, load_runs, read_predictions
 
 PARAMETERS = """
 epochs: int = 1
@@ -154,9 +155,23 @@ def recorded(folder, **wanted):
     return sorted(zip(frame["model"], frame["seed"], strict=True))
 
 
+# A network namespace has no network, and its loopback address is down at first.
+NO_NETWORK = ["unshare", "-rn"]
+CAN_UNSHARE = subprocess.run([*NO_NETWORK, "true"], capture_output=True).returncode == 0
+LOOPBACK_UP = """
+import fcntl, os, socket, struct, sys
+flags = struct.pack("16sh", b"lo", 0x41)  # up and running
+fcntl.ioctl(socket.socket(), 0x8914, flags)  # SIOCSIFFLAGS
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist, tmp_path):
     given = {"results": tmp_path, "epochs": 2, "batch_size": 64, "dataset": small_mnist}
-    first = subprocess.run(command("a2", "d", **given), cwd=ROOT, capture_output=True, text=True)
+    alone = [*NO_NETWORK, *python("-c", LOOPBACK_UP)] if CAN_UNSHARE else []
+    first = subprocess.run(
+        [*alone, *command("a2", "d", **given)], cwd=ROOT, capture_output=True, text=True
+    )
     assert first.returncode == 0, first.stdout + first.stderr
     assert recorded(tmp_path) == [("a2", 0), ("d", 0)]
     # Each line says whose it is, and the first to be done how long all will take.
@@ -196,9 +211,13 @@ def test_failing_notebooks_are_named_and_the_others_go_on(checkout):
     assert done.stderr == "2 failed: d seed 0, a2 seed 0\n"
     # Mended and run again, it leaves nothing of the failure, nor of a process killed as it wrote.
     (folder,) = (checkout / "runs/d").iterdir()
-    (folder / ".metrics.json.999999999.part").write_text("{")
+    left = [folder / ".metrics.json.999999999.part"]
+    left += [checkout / "runs/8_comparison/.executed.ipynb.999999999.part"]
+    for path in left:
+        path.write_text("{")
     write_stand_in(checkout, "d")
     assert run("d", "a1").returncode == 0
+    assert not left[1].exists()
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "executed.ipynb", "metrics.json", "predictions.npz")
     }
@@ -345,12 +364,49 @@ def test_nothing_of_the_users_dask_or_jupyter_disturbs_a_run(checkout, monkeypat
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
+@pytest.mark.skipif(not CAN_UNSHARE, reason="needs a namespace")
 def test_without_a_loopback_address_it_is_said_in_a_sentence(checkout):
-    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
-        pytest.skip("needs a network namespace")
-    done = subprocess.run(["unshare", "-rn", *command("d")], capture_output=True, text=True)
+    done = subprocess.run([*NO_NETWORK, *command("d")], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "Network is unreachable" in done.stderr
+
+
+@pytest.mark.skipif(not CAN_UNSHARE, reason="needs a namespace")
+def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(checkout):
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro none "$0" && exec "$@"']
+    (checkout / "results").mkdir()
+    done = subprocess.run(
+        [*mount, "results", *command("d", results="results")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.match(r"results_dir is .* \(read-only file system\); it must be", done.stderr)
+
+
+def test_a_command_killed_while_it_writes_a_run_leaves_the_older_one_whole(checkout):
+    (task,) = make_tasks(["d"], {})
+    assert run_tasks([task]) == []
+    older = load_record(task.folder), read_predictions(task.folder)["probabilities"].tolist()
+    write_stand_in(checkout, "d", "# changed")
+    (task,) = make_tasks(["d"], {})
+    files = {path.name: path.read_bytes() for path in task.folder.glob("[!.]*")}
+    other = {"executed.ipynb": files["executed.ipynb"].replace(b"time.sleep", b"time.slept")}
+    script = """if True:
+        import os, pathlib, pickle, signal, sys
+        from mnist_utils import headless
+        folder, files = pickle.load(sys.stdin.buffer)
+        for count in range(1, 4):
+            if (child := os.fork()) == 0:
+                left = iter(range(count))
+                os.fsync = lambda _: next(left) + 1 < count or os.kill(os.getpid(), signal.SIGKILL)
+                headless.write_files(folder, files)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL"""
+    given = pickle.dumps((task.folder, files | other))
+    subprocess.run(python("-c", script), input=given, check=True)
+    assert len(list(task.folder.glob(".*.part"))) == 3
+    assert load_record(task.folder) == older[0]
+    assert read_predictions(task.folder)["probabilities"].tolist() == older[1]
+    assert run_tasks([task]) == [] and task.finished_run()
+    assert not list(task.folder.glob(".*.part"))
 
 
 def test_a_damaged_record_is_named(checkout):

@@ -2,15 +2,16 @@
 
 import re
 import shutil
-import subprocess
+import signal
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
-from conftest import ROOT, execute, python, write_npz
+from conftest import ROOT, execute, write_npz
 
 from mnist_utils import parameters
+from mnist_utils.__main__ import main
 from mnist_utils.parameters import SETTINGS, InputError, check_parameters, project_folder
 from mnist_utils.training import GPUS, set_up
 
@@ -199,9 +200,13 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), COMMANDS)
-def test_the_command_line_refuses_before_anything_runs(arguments, message, tmp_path):
-    command = ("-m", "mnist_utils", "run", *arguments.split(), "--results-dir", tmp_path / "runs")
-    done = subprocess.run(python(*command), cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr and done.stderr.count("\n") == 1
+def test_the_command_line_refuses_before_anything_runs(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which main sets for the process
+    assert main(["run", *arguments.split(), "--results-dir", str(tmp_path / "runs")]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert message in error
     assert not list(tmp_path.glob("runs/*"))

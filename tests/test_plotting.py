@@ -77,7 +77,7 @@ def test_times_are_said_in_words():
 def tiny_model(metrics=("accuracy",)):
     """Return a model that learns nothing of worth, and data of ten batches of eight."""
     names = {}
-    exec(TINY.replace('["accuracy"]', "metrics"), {"metrics": metrics}, names)
+    exec(TINY.replace('["accuracy"]', "metrics"), {"metrics": metrics and list(metrics)}, names)
     return names["model"], (names["x"], names["y"])
 
 

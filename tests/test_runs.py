@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from contextlib import suppress
 from functools import reduce
+from threading import Barrier, BrokenBarrierError, Thread, get_ident
 
 import numpy as np
 import pytest
@@ -56,6 +58,7 @@ def save(trained, tmp_path, monkeypatch):
     def save(test_loss=0.5, draw=None, trained=trained, **changed):
         given = GOOD | {"epochs": 2, "results_dir": str(tmp_path)} | changed
         parameters, (model, plot) = check_parameters("a1", given), trained
+        plot.seed = parameters.seed  # as if it had been trained for each
         draw = parameters.seed if draw is None else draw
         probabilities = np.random.default_rng(draw).dirichlet(np.ones(10), size=32)
         save_run(model, parameters, plot, [test_loss, 0.75], probabilities, LABELS)
@@ -131,7 +134,7 @@ def test_the_same_parameters_replace_a_run_as_a_whole_or_not_at_all(save, monkey
     save(test_loss=0.25, draw=1, keep_model=False)
     assert load_record(folder).test_loss == 0.25
     assert (read_predictions(folder)["predicted"] != first["predicted"]).any()
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npz"]
+    assert sorted(path.suffix for path in folder.glob("[!.]*")) == [".json", ".npz"]
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_for_long(save):
@@ -141,10 +144,29 @@ def test_a_process_killed_while_it_writes_leaves_nothing_for_long(save):
         os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
         mnist_utils.runs.write_whole(pathlib.Path(sys.argv[1]), b"new")"""
     assert subprocess.run(python("-c", script, folder / "metrics.json")).returncode == -9
-    assert [path.read_bytes() for path in folder.glob(".*")] == [b"new"]
+    assert [path.read_bytes() for path in folder.glob(".*.part")] == [b"new"]
     assert load_record(folder).test_loss == 0.5
     save()
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(".*.part"))
+
+
+def test_two_that_save_the_same_run_at_once_do_so_one_after_the_other(save, monkeypatch):
+    write, order, both = runs.write_whole, [], Barrier(2)
+
+    def write_slowly(path, content):
+        order.append(get_ident())
+        with suppress(BrokenBarrierError):
+            both.wait(timeout=1)  # together, where nothing holds the other back
+        write(path, content)
+
+    monkeypatch.setattr(runs, "write_whole", write_slowly)
+    savers = [Thread(target=save, kwargs={"draw": draw}) for draw in (1, 2)]
+    for saver in savers:
+        saver.start()
+    for saver in savers:
+        saver.join()
+    assert order == 3 * [order[0]] + 3 * [order[-1]] and order[0] != order[-1]
+    assert read_predictions(save()) and load_model(save())
 
 
 def test_a_full_disk_leaves_the_older_file_and_nothing_else(tmp_path, request):
@@ -179,6 +201,16 @@ def test_what_the_seed_does_not_give_is_not_saved(save, trained, tmp_path):
     with pytest.raises(InputError, match="not saved: test_loss"):
         save(test_loss=float("nan"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_model_is_read_by_an_older_keras_too(save, monkeypatch):
+    folder, init = save(), keras.initializers.GlorotUniform.__init__
+
+    def older(self, seed=None):  # without an argument that a later version has
+        init(self, seed=seed)
+
+    monkeypatch.setattr(keras.initializers.GlorotUniform, "__init__", older)
+    assert load_model(folder).count_params() > 0
 
 
 def change_record(folder, **changes):
