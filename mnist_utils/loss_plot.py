@@ -12,10 +12,7 @@ from IPython.display import DisplayHandle, display
 
 from mnist_utils.parameters import InputError
 from mnist_utils.plotting import RED, Figure, format_seconds, own_style, plt_dynamic, show
-from mnist_utils.training import (  # all three are imported there without what they would print
-    keras,
-    tf,
-)
+from mnist_utils.training import keras, tf  # imported there without what they would print
 
 BAR_SECONDS = 0.25  # between two redraws of the progress bar
 # Between two redraws of the plot: seconds, and times what the last took, so at most 5 % of training

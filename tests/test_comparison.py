@@ -411,22 +411,20 @@ def test_a_readers_folder_named_results_is_not_taken_for_the_reference_runs(tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "printed"),
+    ("page", "printed"),
     [
         ("notebooks/5_model_d", "Saved the run in"),
         ("notebooks/8_comparison", "CNN A.1"),
         ("studies/steps_of_d", "CNN A.1"),
     ],
 )
-def test_they_run_as_scripts_too(name, printed, small_mnist, tmp_path):
-    notebook = ROOT / f"{name}.ipynb"
+def test_they_run_as_scripts_too(page, printed, small_mnist, tmp_path):
+    notebook = ROOT / f"{page}.ipynb"
     output = ["--to", "script", "--output-dir", tmp_path, "--log-level", "ERROR"]
     subprocess.run(python("-m", "nbconvert", *output, notebook), check=True)
     script = next(tmp_path.glob("*.py"))
-    text = script.read_text()
-    for name, value in (
-        SMALL | {"dataset": str(small_mnist), "results_dir": str(tmp_path)}
-    ).items():
+    text, small = script.read_text(), SMALL | {"dataset": str(small_mnist)}
+    for name, value in (small | {"results_dir": str(tmp_path)}).items():
         text = re.sub(rf"^{name}: .*", f"{name} = {value!r}", text, flags=re.MULTILINE)
     script.write_text(text)
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -23,7 +24,7 @@ from mnist_utils import headless
 from mnist_utils.__main__ import main, make_parser, parse_seeds, parse_values
 from mnist_utils.headless import make_tasks, run_notebook, run_tasks, write_run
 from mnist_utils.parameters import SETTINGS, InputError
-from mnist_utils.runs import load_record, load_runs
+from mnist_utils.runs import load_record, load_runs, read_predictions
 
 PARAMETERS = """
 epochs: int = 1
@@ -147,7 +148,7 @@ def kernels(process):
     return found
 
 
-def recorded(folder, **wanted):
+def recorded(folder):
     """Return the models and seeds of the runs in a folder; none of them may be at fault."""
     frame, problems = load_runs(folder)
     assert problems == []
@@ -379,6 +380,33 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(checkout):
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.match(r"results_dir is .* \(read-only file system\); it must be", done.stderr)
+
+
+def test_a_command_killed_while_it_writes_a_run_leaves_the_older_one_whole(checkout):
+    (task,) = make_tasks(["d"], {})
+    assert run_tasks([task]) == []
+    older = load_record(task.folder), read_predictions(task.folder)["probabilities"].tolist()
+    write_stand_in(checkout, "d", "# changed")
+    (task,) = make_tasks(["d"], {})
+    files = {path.name: path.read_bytes() for path in task.folder.glob("[!.]*")}
+    other = {"executed.ipynb": files["executed.ipynb"].replace(b"time.sleep", b"time.slept")}
+    script = """if True:
+        import os, pathlib, pickle, signal, sys
+        from mnist_utils import headless
+        folder, files = pickle.load(sys.stdin.buffer)
+        for count in range(1, 6):  # each file and its folder are synced, the record last
+            if (child := os.fork()) == 0:
+                left = iter(range(count))
+                os.fsync = lambda _: next(left) + 1 < count or os.kill(os.getpid(), signal.SIGKILL)
+                headless.write_files(folder, files)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL"""
+    given = pickle.dumps((task.folder, files | other))
+    subprocess.run(python("-c", script), input=given, check=True)
+    assert len(list(task.folder.glob(".*.part"))) == 3
+    assert load_record(task.folder) == older[0]
+    assert read_predictions(task.folder)["probabilities"].tolist() == older[1]
+    assert run_tasks([task]) == [] and task.finished_run()
+    assert not list(task.folder.glob(".*.part"))
 
 
 def test_a_damaged_record_is_named(checkout):
