@@ -120,7 +120,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     rough = _resized(grey, [max(1, round(150 * side / max(shape))) for side in shape])
     # Ink is the few pixels that are far from the others around them.
     far = grey - _resized(ndimage.gaussian_filter(rough, 20), shape)
-    dark = bool(np.sum(far**3) < 0)
+    dark = bool(np.sum(far * far * far) < 0)  # ** takes ten times as long
     if dark:
         grey, rough = 1 - grey, 1 - rough
     paper = _resized(_paper(rough), shape)

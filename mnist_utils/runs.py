@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import nbformat
 import numpy as np
 import pandas as pd
 from filelock import FileLock
@@ -33,8 +32,9 @@ from mnist_utils.parameters import (
     title_of,
 )
 
-if TYPE_CHECKING:  # nothing here but load_model needs TensorFlow
+if TYPE_CHECKING:  # slow to import, and here only load_model needs TensorFlow
     import keras
+    import nbformat
 
     from mnist_utils.loss_plot import DynamicLossPlot
 
@@ -476,7 +476,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def code_sha256(notebook: nbformat.NotebookNode) -> str:
+def code_sha256(notebook: "nbformat.NotebookNode") -> str:
     """Return the SHA-256 of the code cells that a run's numbers come from.
 
     Left out are the cells that hold the parameters (the record has their values), the one that
