@@ -1,5 +1,6 @@
 """What is committed: the notebooks' outputs, the reference runs, and what the pages show."""
 
+import json
 import re
 import subprocess
 import sys
@@ -73,6 +74,13 @@ def test_a_published_run_is_made_by_the_present_cells_with_the_reference_paramet
     alike = RUNS[RUNS["path"] == run.path].assign(precision="float32")
     assert len(reference_rows(alike)) == 1
     assert not list(run.path.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/studies/*.json")), ids=lambda p: p.stem)
+def test_a_study_was_measured_with_the_present_cells(path):
+    measured = json.loads(path.read_text())
+    for model in {row.split(":")[0] for row in measured["rows"]}:
+        assert measured["code_sha256"][model] == code_sha256(read(SETTINGS[model].notebook))
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -1,12 +1,13 @@
 """Measure what each step of models D and E buys, on images held out; never on the test set.
 
-Usage, in the checkout's root: .venv/bin/python tools/measure_steps.py [steps|epochs|other_split]
+Usage, in the checkout's root:
+.venv/bin/python tools/measure_steps.py [steps|epochs|other_split] [--models d e] [--seeds 0-9]
 
 Each step is a notebook with a few words of its code replaced, run as any other, on 50,000
 training images and 10,000 held out in the test set's place, in another split for every seed.
 "epochs" runs D and E with fewer and more epochs on the same splits; "other_split" runs them as
 they are on all 70,000 images split anew. Writes results/studies/<what>.json, which the study
-shows; what runs/studies/ holds already is not run again.
+shows, from all runs that runs/studies/ holds; these are not run again.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from nbformat import NotebookNode
 
+from mnist_utils.__main__ import parse_seeds
 from mnist_utils.data import load_mnist
 from mnist_utils.headless import Task, read_defaults, read_notebook, run_tasks
 from mnist_utils.parameters import CODE_VARIABLE, SETTINGS, check_parameters
@@ -31,7 +32,7 @@ from mnist_utils.runs import code_sha256, load_record, write_whole
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "studies"
 HELD_OUT = 10_000
-SEEDS = {"steps": range(10), "epochs": range(5), "other_split": range(5)}
+SEEDS = range(10)
 EPOCHS = {"d": (1, 2, 3, 6), "e": (3, 7, 14)}
 # For each step of each model: what is replaced in the notebook's code by what.
 STEPS: dict[str, dict[str, dict[str, str]]] = {
@@ -75,56 +76,56 @@ STEPS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def main() -> int:
+    make = {"steps": step_tasks, "epochs": epoch_tasks, "other_split": split_tasks}
     parser = argparse.ArgumentParser(description="Measure what each step of D and E buys.")
-    parser.add_argument("what", nargs="?", default="steps", choices=SEEDS)
-    what = parser.parse_args().what
+    parser.add_argument("what", nargs="?", default="steps", choices=make)
+    parser.add_argument("--models", nargs="+", default=[*STEPS], choices=STEPS)
+    parser.add_argument("--seeds", default="0-4")
+    given = parser.parse_args()
     os.environ[CODE_VARIABLE] = ""  # the folders are those of headless runs
-    tasks = {"steps": step_tasks, "epochs": epoch_tasks, "other_split": split_tasks}[what]()
     # Seed by seed, so that a slow spell of the machine falls on every row alike.
-    failed = run_tasks(sorted(tasks, key=lambda task: task.parameters.seed))
+    tasks = [task for seed in SEEDS for task in make[given.what](seed)]
+    seeds = parse_seeds(given.seeds)
+    failed = run_tasks(
+        [t for t in tasks if t.parameters.seed in seeds and t.setting in given.models]
+    )
     if failed:
         return 1
     rows: dict[str, list[dict[str, Any]]] = {}
-    for task in tasks:
+    for task in filter(Task.finished_run, tasks):
         rows.setdefault(task.name.split(" seed ")[0], []).append(outcome(task))
     code = {model: code_sha256(read_notebook(SETTINGS[model].notebook)) for model in STEPS}
     content = json.dumps({"code_sha256": code, "rows": rows}, indent=1) + "\n"
     folder = ROOT / "results" / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{what}.json", content.encode())
+    write_whole(folder / f"{given.what}.json", content.encode())
     return 0
 
 
-def step_tasks() -> list[Task]:
-    """Return a task for each step and seed, each seed on a split of its own."""
+def step_tasks(seed: int) -> list[Task]:
+    """Return a task for each step, each seed on a split of its own."""
     return [
         make_task(model, step, replaced, {}, seed, held_out_split(seed))
-        for seed in SEEDS["steps"]
         for model, steps in STEPS.items()
         for step, replaced in steps.items()
     ]
 
 
-def epoch_tasks() -> list[Task]:
-    """Return a task for each model, number of epochs and seed, on the splits of the steps."""
+def epoch_tasks(seed: int) -> list[Task]:
+    """Return a task for each model and number of epochs, on the splits of the steps."""
     return [
         make_task(model, f"{epochs} epochs", {}, {"epochs": epochs}, seed, held_out_split(seed))
-        for seed in SEEDS["epochs"]
         for model, numbers in EPOCHS.items()
         for epochs in numbers
     ]
 
 
-def split_tasks() -> list[Task]:
-    """Return a task for each model and seed, on all 70,000 images split anew."""
+def split_tasks(seed: int) -> list[Task]:
+    """Return a task for each model, on all 70,000 images split anew, once for all seeds."""
     train, test = load_mnist()
     images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
     split = write_split("other_split", images, labels, seed=0)
-    return [
-        make_task(model, "other split", {}, {}, seed, split)
-        for seed in SEEDS["other_split"]
-        for model in STEPS
-    ]
+    return [make_task(model, "other split", {}, {}, seed, split) for model in STEPS]
 
 
 def make_task(
@@ -180,13 +181,6 @@ def outcome(task: Task) -> dict[str, Any]:
         "seconds": round(record.total_seconds, 1),
         "threads": record.environment["threads"],
     }
-
-
-def stale(content: dict[str, Any]) -> Iterable[str]:
-    """Return the models whose notebooks have other code cells now than when it was measured."""
-    for model, code in content["code_sha256"].items():
-        if code != code_sha256(read_notebook(SETTINGS[model].notebook)):
-            yield model
 
 
 if __name__ == "__main__":

@@ -115,15 +115,15 @@ def read_pages() -> Iterator[Page]:
 
 
 def read(path: Path) -> NotebookNode:
-    """Return a notebook without badge and set-up cell; Markdown becomes a notebook of one cell."""
+    """Return a notebook without badge and folded cells; Markdown becomes a notebook of one cell."""
     if path.suffix == ".md":
         text = path.read_text(encoding="utf-8")
         return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     notebook = nbformat.read(path, 4)
     if not notebook.cells:
         raise ValueError("it has no cells")
-    cells = notebook.cells
-    notebook.cells = [cell for cell in cells if "setup" not in cell.metadata.get("tags", [])]
+    folded = [cell.metadata.get("jupyter", {}).get("source_hidden") for cell in notebook.cells]
+    notebook.cells = [cell for cell, away in zip(notebook.cells, folded, strict=True) if not away]
     notebook.cells[0].source = BADGE.sub("", notebook.cells[0].source)
     return notebook
 
