@@ -43,7 +43,7 @@ SETTINGS = {
     "a2": Setting("2_model_a2", "CNN A.2"),
     "b": Setting("3_model_b", "CNN B"),
     "c": Setting("4_model_c", "CNN C", {"first_kernel_size": 2}),
-    "c7": Setting("4_model_c", "CNN C, 7X7 first", {"first_kernel_size": 7}),
+    "c7": Setting("4_model_c", "CNN C, 7×7 first", {"first_kernel_size": 7}),
     "d": Setting("5_model_d", "CNN D", epochs=3),
     "e": Setting("6_model_e", "CNN E", epochs=7),
 }

@@ -351,12 +351,12 @@ def test_the_ranking_is_answered_in_words(results):
     assert len(pairs) == 6
     assert (pairs["points"] >= 0).all()
     text = ranking_text(pairs)
-    assert "CNN B over CNN C, 7X7 first: the same order here, but it may be chance (p = " in text
-    assert "CNN C, 7X7 first over CNN A.1: stands (p < 0.001)." in text
+    assert "CNN B over CNN C, 7×7 first: the same order here, but it may be chance (p = " in text
+    assert "CNN C, 7×7 first over CNN A.1: stands (p < 0.001)." in text
     assert "CNN A.1 over CNN A.2: the other way round here (p < 0.001)." in text
     shown = {row[0] + row[1]: row[-1] for row in differences_table(pairs).rows}
     assert shown["CNN A.2CNN A.1"] == "yes"
-    assert shown["CNN BCNN C, 7X7 first"] == "no"
+    assert shown["CNN BCNN C, 7×7 first"] == "no"
 
 
 def test_a_readers_own_runs_stand_in_rows_of_equals_beside_the_reference(results, own):
