@@ -1,13 +1,14 @@
 """Measure training speed side by side, in rounds; write the table and the figure.
 
-Usage, by make bench: python benchmarks/measure.py [--models a1 a2] [--rounds 3]
+Usage, by make bench: python benchmarks/measure.py [--models times a1 a2] [--rounds 3]
 
-Every measurement has a process of its own; most are one epoch, D's and E's a whole run. In a round
-each model is trained in each way, one after the other, so that a change of the machine's pace
-touches all alike; ratios are taken within a round, and their median is shown. measurements.json
-holds one machine: what is measured anew takes the place of the same model's older rounds, and on
-another machine, or with other versions, all is begun anew. Each round is kept as soon as it is
-whole. With --rounds 0 only the page is written.
+Every measurement has a process of its own. A round of "times" trains every setting's notebook: an
+epoch of the original's networks, D and E whole. A round of a model trains it for an epoch in each
+way, one after the other, so that a change of the machine's pace touches all alike; ratios are
+taken within a round, and their median is shown. times.json and measurements.json hold one machine
+each: what is measured anew takes the place of the same model's older rounds, and on another
+machine, or with other versions, all is begun anew. Each round is kept as soon as it is whole. With
+--rounds 0 only the page is written.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from mnist_utils.plotting import figure  # noqa: E402
 from mnist_utils.runs import processor, write_whole  # noqa: E402
 
 COMPARED = ("a2", "a1", "c", "b")  # those that the original has, quickest first
-MODELS = (*COMPARED, *(setting for setting in SETTINGS if setting not in COMPARED))
+WHOLE = "times"
 PRECISIONS = {"float32": "float32", "mixed_bfloat16": "bfloat16"}  # and what they are called
 WAYS = {
     "original": "original's code",
@@ -49,8 +50,8 @@ ONE_THREAD = dict.fromkeys(
 )
 IMAGES = 3 * 60_000 + 10_000  # of an epoch: a training step costs about three passes forward
 PACKAGES = {"TensorFlow": "tensorflow", "Keras": "keras", "PyTorch": "torch", "NumPy": "numpy"}
-MEASUREMENTS = HERE / "measurements.json"
-BEGIN, END = "<!-- written by make bench -->\n", "<!-- end -->"
+MEASUREMENTS, TIMES = HERE / "measurements.json", HERE / "times.json"
+BEGIN, END = "<!-- {}: written by make bench -->\n", "<!-- end -->"
 
 Row = dict[str, dict[str, float]]  # a model's round: of each way "seconds" and "megabytes"
 
@@ -89,28 +90,41 @@ def measure(models: list[str], rounds: int) -> None:
     for number in range(rounds):
         for model in models:
             row = measure_model(model, number, "bfloat16" in machine["processor"])
-            if model in COMPARED:
-                data["macs"][model] = row["float32"]["macs"]
+            data["macs"][model] = row["float32"]["macs"]
             fresh.setdefault(model, []).append({way: tidy(one) for way, one in row.items()})
             data["rounds"] |= fresh
-            write_whole(MEASUREMENTS, (json.dumps(data, indent=1) + "\n").encode())
+            write(MEASUREMENTS, data)
+
+
+def measure_times(rounds: int) -> None:
+    """Measure the seconds of every setting's whole training, every other round backwards."""
+    rows: list[dict[str, float]] = []
+    for number in range(rounds):
+        row = {}
+        for setting in list(SETTINGS)[:: -1 if number % 2 else 1]:
+            seconds = SETTINGS[setting].epochs * run_one(setting, "float32")["seconds"]
+            row[setting] = round(seconds, 1)
+            print(f"times, round {number + 1}, {setting}: {seconds:.1f} s", flush=True)
+        rows.append(row)
+        write(TIMES, {"machine": describe_machine(), "rounds": rows})
+
+
+def write(path: Path, data: dict) -> None:
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def tidy(one: dict[str, float]) -> dict[str, float]:
     """Return what is kept of one measurement, in as many digits as mean anything."""
-    digits = {"seconds": 3, "megabytes": 0, "epochs": 0, "giga_macs_per_second": 1}
+    digits = {"seconds": 3, "megabytes": 0, "giga_macs_per_second": 1}
     return {name: round(one[name], digits[name] or None) for name in digits if name in one}
 
 
 def measure_model(model: str, number: int, with_bfloat16: bool) -> Row:
     """Measure a model in all its ways, in the round of this number."""
     precisions = list(PRECISIONS)[: 1 + with_bfloat16]
-    ways, row = precisions, {}
-    if model == "a1":
-        row = {name: run_one(name, "around") for name in AROUND}
-    if model in COMPARED:
-        ways = ["original", *precisions, "pytorch", *([SIDE] if model in SIDE_BY_SIDE else [])]
-        row |= {f"gemm_{precision}": run_one("gemm", precision) for precision in precisions}
+    ways = ["original", *precisions, "pytorch", *([SIDE] if model in SIDE_BY_SIDE else [])]
+    row = {name: run_one(name, "around") for name in AROUND if model == "a1"}
+    row |= {f"gemm_{precision}": run_one("gemm", precision) for precision in precisions}
     for way in ways[:: -1 if number % 2 else 1]:  # every other round goes the other way round
         row[way] = run_side_by_side(model) if way == SIDE else run_one(model, way)
         print(f"{model}, round {number + 1}, {way}: {row[way]['seconds']:.1f} s", flush=True)
@@ -129,39 +143,54 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def training_seconds() -> dict[str, float]:
-    """Return the seconds that each measured setting's whole training takes, in float32."""
-    rounds = in_order(json.loads(MEASUREMENTS.read_text())["rounds"])
-    return {
-        model: SETTINGS[model].epochs * median(row["float32"]["seconds"] for row in rows)
-        for model, rows in rounds.items()
-    }
-
-
-def in_order(rounds: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Return the measured models, in whatever order they were measured."""
-    return {model: rounds[model] for model in MODELS if model in rounds}
+    """Return the seconds that each setting's whole training takes, in float32."""
+    rounds = json.loads(TIMES.read_text())["rounds"]
+    return {setting: median(row[setting] for row in rounds) for setting in rounds[0]}
 
 
 def report() -> None:
-    """Write the table into README.md, and the figure beside it."""
-    data = json.loads(MEASUREMENTS.read_text())
-    machine, rounds = data["machine"], in_order(data["rounds"])
-    packages = ", ".join(f"{name} {machine[key]}" for name, key in PACKAGES.items())
-    parts = [
-        f"{machine['processor']}; {machine['cores']} cores, {machine['system']}; {packages}, "
-        f"Python {machine['python']}. Medians of {max(map(len, rounds.values()))} rounds.",
-        table(rounds, data["macs"]),
-    ]
-    if missing := [SETTINGS[model].title for model in MODELS if model not in rounds]:
-        parts.append(f"{'; '.join(missing)}: not measured yet with the present notebooks.")
+    """Write the tables into README.md, and the figure beside it."""
+    data, times = json.loads(MEASUREMENTS.read_text()), json.loads(TIMES.read_text())
+    rounds = {model: data["rounds"][model] for model in COMPARED if model in data["rounds"]}
+    whole = [describe(times["machine"], len(times["rounds"])), times_table(times["rounds"])]
+    ways = [describe(data["machine"], max(map(len, rounds.values()))), table(rounds, data["macs"])]
     for name, text in AROUND.items():
         if seconds := [row[name]["seconds"] for row in rounds.get("a1", []) if name in row]:
-            parts.append(f"From its kernel's start, {text} takes {median(seconds):.1f} s.")
+            ways.append(f"From its kernel's start, {text} takes {median(seconds):.1f} s.")
     page = HERE / "README.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    text = before + BEGIN + "\n\n".join(parts) + "\n" + END + rest.split(END)[1]
+    text = page.read_text(encoding="utf-8")
+    for name, parts in (("times", whole), ("ways", ways)):
+        begin = BEGIN.format(name)
+        before, rest = text.split(begin)
+        text = before + begin + "\n\n".join(parts) + "\n" + rest[rest.index(END) :]
     page.write_text(text, encoding="utf-8", newline="\n")
-    draw({model: rows for model, rows in rounds.items() if model in COMPARED})
+    draw(rounds)
+
+
+def describe(machine: dict[str, str | int], rounds: int) -> str:
+    """Return on what machine, with what versions and how often it was measured."""
+    packages = ", ".join(f"{name} {machine[key]}" for name, key in PACKAGES.items())
+    return (
+        f"{machine['processor']}; {machine['cores']} cores, {machine['system']}; {packages}, "
+        f"Python {machine['python']}. Medians of {rounds} rounds."
+    )
+
+
+def times_table(rounds: list[dict[str, float]]) -> str:
+    """Return every setting's whole training, in Markdown; its share of B's by rounds."""
+    lines = [["", *(SETTINGS[setting].title for setting in rounds[0])], ["---"]]
+    lines[1] += ["---:"] * len(rounds[0])
+    seconds = [[row[setting] for row in rounds] for setting in rounds[0]]
+    lines.append(["whole training, float32, seconds", *(cell(s, seconds_text) for s in seconds)])
+    times = [[row["b"] / row[setting] for row in rounds] for setting in rounds[0]]
+    lines.append(["B takes so many times as long", *(cell(t, "{:,.1f}".format) for t in times)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(values: list[float], form: Callable[[float], str]) -> str:
+    """Return the median, and where the rounds are far apart the lowest and the highest."""
+    apart = f" ({form(min(values))} to {form(max(values))})"
+    return form(median(values)) + apart * (max(values) > 1.1 * min(values))
 
 
 def table(rounds: dict[str, list[Row]], macs: dict[str, int]) -> str:
@@ -178,9 +207,7 @@ def table(rounds: dict[str, list[Row]], macs: dict[str, int]) -> str:
                 cells.append("–")
                 continue
             medians.append(median(values))
-            cells.append(form(medians[-1]))
-            if max(values) > 1.1 * min(values):
-                cells[-1] += f" ({form(min(values))} to {form(max(values))})"
+            cells.append(cell(values, form))
         over_all = f"{geometric_mean(medians):.2f}" if "times" in label and medians else ""
         lines.append([label, *cells, over_all])
 
@@ -202,11 +229,6 @@ def table(rounds: dict[str, list[Row]], macs: dict[str, int]) -> str:
         add(f"share of the GEMM rate, {name}", "{:.2f}".format, share)
     for way, name in WAYS.items():
         add(f"peak MB: {name}", "{:,.0f}".format, lambda _, row, way=way: row[way]["megabytes"])
-    add(
-        "whole training, float32, seconds",
-        seconds_text,
-        lambda model, row: SETTINGS[model].epochs * row["float32"]["seconds"],
-    )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -238,11 +260,14 @@ def draw(rounds: dict[str, list[Row]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    choices = (WHOLE, *COMPARED)
+    parser.add_argument("--models", nargs="+", default=choices, choices=choices)
     parser.add_argument("--rounds", type=int, default=3, choices=range(100), metavar="0-99")
     options = parser.parse_args()
     if options.rounds:
-        measure(options.models, options.rounds)
+        if WHOLE in options.models:
+            measure_times(options.rounds)
+        measure([model for model in options.models if model != WHOLE], options.rounds)
     report()
 
 

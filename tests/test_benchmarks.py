@@ -87,7 +87,7 @@ def test_the_page_shows_what_was_measured(benchmark, tmp_path, monkeypatch):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     for setting, seconds in measure.training_seconds().items():
         assert SETTINGS[setting].title in committed
-        assert f" {measure.seconds_text(seconds)} |" in committed.split("whole training")[1]
+        assert f"| {measure.seconds_text(seconds)} " in committed.split("whole training")[1]
     assert list(measure.training_seconds()) == list(SETTINGS)
 
 
