@@ -7,7 +7,7 @@ Each step is a notebook with a few words of its code replaced, run as any other,
 training images and 10,000 held out in the test set's place, in another split for every seed.
 "epochs" runs D and E with fewer and more epochs on the same splits; "other_split" runs them as
 they are on all 70,000 images split anew. Writes results/studies/<what>.json, which the study
-shows, from all runs that runs/studies/ holds; these are not run again.
+shows, from all runs of these seeds that runs/studies/ holds; these are not run again.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from mnist_utils.runs import code_sha256, load_record, write_whole
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "studies"
 HELD_OUT = 10_000
-SEEDS = range(10)
 EPOCHS = {"d": (1, 2, 3, 6), "e": (3, 7, 14)}
 # For each step of each model: what is replaced in the notebook's code by what.
 STEPS: dict[str, dict[str, dict[str, str]]] = {
@@ -84,12 +83,8 @@ def main() -> int:
     given = parser.parse_args()
     os.environ[CODE_VARIABLE] = ""  # the folders are those of headless runs
     # Seed by seed, so that a slow spell of the machine falls on every row alike.
-    tasks = [task for seed in SEEDS for task in make[given.what](seed)]
-    seeds = parse_seeds(given.seeds)
-    failed = run_tasks(
-        [t for t in tasks if t.parameters.seed in seeds and t.setting in given.models]
-    )
-    if failed:
+    tasks = [task for seed in parse_seeds(given.seeds) for task in make[given.what](seed)]
+    if run_tasks([task for task in tasks if task.setting in given.models]):
         return 1
     rows: dict[str, list[dict[str, Any]]] = {}
     for task in filter(Task.finished_run, tasks):
