@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from hashlib import sha256
 from threading import Thread
 
 import nbformat
@@ -390,6 +391,10 @@ def test_a_command_killed_while_it_writes_a_run_leaves_the_older_one_whole(check
     (task,) = make_tasks(["d"], {})
     files = {path.name: path.read_bytes() for path in task.folder.glob("[!.]*")}
     other = {"executed.ipynb": files["executed.ipynb"].replace(b"time.sleep", b"time.slept")}
+    other["predictions-2.npz"] = predictions = files["predictions.npz"] + b"other"
+    record = json.loads(files["metrics.json"]) | {"test_loss": 0.2}
+    record["predictions"] = {"file": "predictions-2.npz", "sha256": sha256(predictions).hexdigest()}
+    other["metrics.json"] = json.dumps(record).encode()
     script = """if True:
         import os, pathlib, pickle, signal, sys
         from mnist_utils import headless
@@ -400,7 +405,7 @@ def test_a_command_killed_while_it_writes_a_run_leaves_the_older_one_whole(check
                 os.fsync = lambda _: next(left) + 1 < count or os.kill(os.getpid(), signal.SIGKILL)
                 headless.write_files(folder, files)
             assert os.waitpid(child, 0)[1] == signal.SIGKILL"""
-    given = pickle.dumps((task.folder, files | other))
+    given = pickle.dumps((task.folder, other))
     subprocess.run(python("-c", script), input=given, check=True)
     assert len(list(task.folder.glob(".*.part"))) == 3
     assert load_record(task.folder) == older[0]
