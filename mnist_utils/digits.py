@@ -366,7 +366,8 @@ def show_answers(image: np.ndarray, models: Mapping[str, "keras.Model"]) -> None
     """Show an image, uint8 (28, 28), and each model's probabilities as bars."""
     with figure(1, 1 + len(models), size=(9, 1.9)) as (fig, axes):
         axes[0].imshow(image, cmap="gray")
-        axes[0].set(xticks=(), yticks=(), title="what they see")
+        axes[0].set(xticks=(), yticks=())
+        axes[0].set_title("what they see", fontsize=9)
         for ax, (name, model) in zip(axes[1:], models.items(), strict=True):
             ax.bar(range(10), predict(model, image[None])[0], color=GREY)
             ax.set(ylim=(0, 1), yticks=(), xticks=range(10))
