@@ -33,7 +33,7 @@ from mnist_utils.plotting import figure  # noqa: E402
 from mnist_utils.runs import processor, write_whole  # noqa: E402
 
 COMPARED = ("a2", "a1", "c", "b")  # those that the original has, quickest first
-WHOLE = "times"
+TIMES_OF_ALL = "times"
 PRECISIONS = {"float32": "float32", "mixed_bfloat16": "bfloat16"}  # and what they are called
 WAYS = {
     "original": "original's code",
@@ -260,14 +260,14 @@ def draw(rounds: dict[str, list[Row]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    choices = (WHOLE, *COMPARED)
+    choices = (TIMES_OF_ALL, *COMPARED)
     parser.add_argument("--models", nargs="+", default=choices, choices=choices)
     parser.add_argument("--rounds", type=int, default=3, choices=range(100), metavar="0-99")
     options = parser.parse_args()
     if options.rounds:
-        if WHOLE in options.models:
+        if TIMES_OF_ALL in options.models:
             measure_times(options.rounds)
-        measure([model for model in options.models if model != WHOLE], options.rounds)
+        measure([model for model in options.models if model != TIMES_OF_ALL], options.rounds)
     report()
 
 
