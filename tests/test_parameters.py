@@ -13,7 +13,7 @@ from conftest import ROOT, execute, write_npz
 from mnist_utils import parameters
 from mnist_utils.__main__ import main
 from mnist_utils.parameters import SETTINGS, InputError, check_parameters, project_folder
-from mnist_utils.training import GPUS, set_up
+from mnist_utils.training import GPUS, set_up, tf
 
 GOOD = {"epochs": 10, "batch_size": 16, "seed": 0, "train_samples": None, "dataset": "mnist"}
 GOOD |= {"precision": "float32", "results_dir": None, "keep_model": True}
@@ -174,7 +174,9 @@ def test_set_up_refuses_what_would_make_the_precision_another(monkeypatch):
         with pytest.raises(InputError, match=rf"^{name} is '1'; it must be unset: the param"):
             set_up(0, "float32")
         monkeypatch.delenv(name)
+    tf.config.experimental.enable_tensor_float_32_execution(True)  # as it is unasked
     set_up(0, "float32")
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def test_a_notebook_shows_the_sentence_and_no_traceback(tmp_path):
