@@ -151,7 +151,7 @@ def training_seconds() -> dict[str, float]:
 def report() -> None:
     """Write the tables into README.md, and the figure beside it."""
     data, times = json.loads(MEASUREMENTS.read_text()), json.loads(TIMES.read_text())
-    rounds = {model: data["rounds"][model] for model in COMPARED if model in data["rounds"]}
+    rounds = {model: data["rounds"][model] for model in SETTINGS if model in data["rounds"]}
     whole = [describe(times["machine"], len(times["rounds"])), times_table(times["rounds"])]
     ways = [describe(data["machine"], max(map(len, rounds.values()))), table(rounds, data["macs"])]
     for name, text in AROUND.items():
