@@ -145,9 +145,9 @@ def step_tasks(seed: int) -> list[Task]:
 def epoch_tasks(seed: int) -> list[Task]:
     """Return a task for each model and number of epochs, on the splits of the steps."""
     return [
-        make_task(model, f"{epochs} epochs", {}, {"epochs": epochs}, seed, held_out_split(seed))
+        make_task(model, f"{n} epoch{'s' * (n > 1)}", {}, {"epochs": n}, seed, held_out_split(seed))
         for model, numbers in EPOCHS.items()
-        for epochs in numbers
+        for n in numbers
     ]
 
 
