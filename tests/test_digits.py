@@ -307,7 +307,7 @@ def test_a_large_jpeg_is_decoded_small():
 
 
 def test_a_damaged_model_is_named_and_the_reference_stands_in(tmp_path, capsys):
-    (reference,) = (ROOT / "results/a2").glob("*-seed0")
+    (reference,) = (ROOT / "results/a2").glob("*-float32-seed0")
     copy = tmp_path / "a2" / reference.name
     shutil.copytree(reference, copy)
     assert "CNN A.2, yours" in digits.trained_models(str(tmp_path))
