@@ -165,10 +165,11 @@ def main(name: str, way: str, number: str | None = None) -> None:
     os.environ.setdefault("MPLBACKEND", "agg")
     with contextlib.redirect_stdout(io.StringIO()):
         measured = measure(name, way, int(number) if number else None)
-    # A kernel is a child process. Linux counts in KiB.
+    # A kernel is a child process. Linux counts in KiB, macOS in bytes.
     in_kernel = way == "around" or name in WHOLE
     who = resource.RUSAGE_CHILDREN if in_kernel else resource.RUSAGE_SELF
-    measured["megabytes"] = resource.getrusage(who).ru_maxrss * 1024 / 1e6
+    measured["megabytes"] = resource.getrusage(who).ru_maxrss / 1e6
+    measured["megabytes"] *= 1 if sys.platform == "darwin" else 1024
     print(json.dumps(measured))
 
 

@@ -68,7 +68,7 @@ function render({ model, el }) {
     return { bars, best: make("td", row, { className: "best" }) };
   });
 
-  let strokes = [], drawing = false, waiting = false, changed = false, number = 0, asked = 0;
+  let strokes = [], pen = null, waiting = false, changed = false, number = 0, asked = 0;
 
   // One question at a time: the next is what has been drawn when the answer comes.
   function ask() {
@@ -106,23 +106,23 @@ function render({ model, el }) {
   }
 
   paper.addEventListener("pointerdown", (event) => {
-    if (event.button) return;
+    if (event.button || pen !== null) return; // a second finger, or a palm
     event.preventDefault();
     paper.setPointerCapture(event.pointerId);
-    drawing = true;
+    pen = event.pointerId;
     strokes.push([point(event)]);
     redraw();
   });
   paper.addEventListener("pointermove", (event) => {
-    if (!drawing) return;
+    if (event.pointerId !== pen) return;
     strokes.at(-1).push(point(event));
     redraw();
   });
   for (const name of ["pointerup", "pointercancel"]) {
-    paper.addEventListener(name, () => { drawing = false; });
+    paper.addEventListener(name, (event) => { if (event.pointerId === pen) pen = null; });
   }
-  undo.addEventListener("click", () => { strokes.pop(); redraw(); });
-  clear.addEventListener("click", () => { strokes = []; redraw(); });
+  undo.addEventListener("click", () => { pen = null; strokes.pop(); redraw(); });
+  clear.addEventListener("click", () => { pen = null; strokes = []; redraw(); });
 
   const answered = () => {
     const answer = model.get("answer");

@@ -352,12 +352,15 @@ def ranking_text(pairs: pd.DataFrame) -> str:
 def _own_groups(own: pd.DataFrame, references: pd.DataFrame) -> pd.DataFrame:
     """Return the means of own runs that differ in the seed alone, each model's best first.
 
-    ``rank`` is the group's place among those of its title.
+    By which code a run was made by hand is not known: each is a group of its own. ``rank`` is the
+    group's place among those of its title.
     """
     known = references.groupby("setting")["digest"].agg(set).to_dict()
     pairs = zip(own["setting"], own["digest"], strict=True)
     changed = [", changed" if digest not in known.get(s, {digest}) else "" for s, digest in pairs]
+    code = own["code_sha256"].where(~own["by_hand"].astype(bool), own["path"].map(str))
     own = own.assign(title=own["title"] + pd.Series(changed, own.index, dtype=str))
+    own = own.assign(code_sha256=code)
     keys = ["setting", "digest", "code_sha256", "by_hand", "epochs", "trained_epochs", *REFERENCE]
     groups = _means(own, keys)
     rank = groups.groupby("title")["accuracy"].rank(ascending=False, method="first")

@@ -88,6 +88,7 @@ def read_grey(picture: Picture) -> tuple[np.ndarray, float]:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off
                 image = Image.fromarray(_as_bytes(np.asarray(image)))
+            image = image.convert("RGBA" if image.has_transparency_data else "L")
     except Image.DecompressionBombError:
         most = f"{MOST_PIXELS // 10**6} million pixels"
         raise InputError(f"The picture is too large; it must have at most {most}.") from None
@@ -98,7 +99,6 @@ def read_grey(picture: Picture) -> tuple[np.ndarray, float]:
             f"The picture{name} cannot be read ({reason.lower()}); "
             "it must be an image such as a PNG or JPEG."
         ) from None
-    image = image.convert("RGBA" if image.has_transparency_data else "L")
     size = min(LONGEST, max(LEAST, max(image.size))) / max(image.size)
     width, height = (max(1, round(pixels * size)) for pixels in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

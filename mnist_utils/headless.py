@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from uuid import uuid4
 
 import dask
@@ -49,7 +49,7 @@ LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a kernel that dies as it starts
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-PATIENCE = 20.0  # seconds without any worker here, until new ones are started
+PATIENCE = 20.0  # seconds without a worker, until new ones are started here, or it is said
 LOOK = 2.0  # seconds between two looks for new workers, and for runs that others train
 
 Files = dict[str, bytes]  # by their names, or places
@@ -405,7 +405,7 @@ class _Runner:
         self.unfit: dict[str, str] = {}  # workers, and what is wrong with them
         self.sent: dict[Path, Future] = {}  # data sets
         self.seconds = self.cost = 0.0  # of the runs that are done
-        self.seen = time.monotonic()  # when there was a worker
+        self.seen = time.monotonic()  # when there was a worker, and a fit one
         self.topic = f"mnist_utils {uuid4()}"
         self.events: SimpleQueue[Future | str] = SimpleQueue()
         client.subscribe_topic(self.topic, lambda event: self.events.put(event[1]))
@@ -456,17 +456,28 @@ class _Runner:
         for worker, problem in found.items():
             if problem:
                 self.leave_out(worker, problem)
+        if all(found.values()):
+            self.refuse()
         self.fill()
 
+    def refuse(self) -> NoReturn:
+        raise InputError("The worker {} {}.".format(*next(iter(self.unfit.items()))))
+
     def leave_out(self, worker: str, problem: str) -> None:
+        if worker not in self.unfit:
+            say(f"The worker {worker} {problem}. It is not used.")
         self.unfit[worker] = problem
-        say(f"The worker {worker} {problem}. It is not used.")
 
     def fill(self) -> None:
         """Give each free worker a task, but none that another command is training."""
-        fit = [worker for worker in self.client.nthreads() if worker not in self.unfit]
-        if self.unfit and not fit:
-            raise InputError("The worker {} {}.".format(*next(iter(self.unfit.items()))))
+        here = self.client.nthreads()
+        fit = [worker for worker in here if worker not in self.unfit]
+        if self.unfit and here and not fit:  # perhaps one is being restarted
+            if time.monotonic() - self.seen > PATIENCE:
+                self.refuse()
+            return
+        if self.unfit:
+            self.seen = time.monotonic()
         for task in list(self.waiting.values()):
             if len(self.running) >= (self.workers or len(fit) or 1):
                 break
@@ -486,7 +497,7 @@ class _Runner:
                     say(f"{task.name}: recorded by another command")
                     lock.release()
                 else:
-                    self.submit(task, lock, fit if self.unfit else None)
+                    self.submit(task, lock, fit if self.unfit and fit else None)
             del self.waiting[task.folder]
 
     def submit(self, task: Task, lock: FileLock, workers: list[str] | None) -> None:
@@ -512,6 +523,7 @@ class _Runner:
             (self.topic, task.name),
             package_versions(),
             workers=workers,
+            allow_other_workers=workers is not None,  # these may go, and others come
             pure=False,  # every run is a run of its own
         )
         self.running[future.key] = task, lock, time.monotonic()

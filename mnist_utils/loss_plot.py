@@ -29,8 +29,8 @@ class DynamicLossPlot(keras.callbacks.Callback):
     bar moves below it, and each epoch prints a line. A script has a window where there is a
     display. Afterwards ``history`` holds loss, accuracy, val_loss and val_accuracy, a value an
     epoch, None where not validated; ``seconds_per_epoch`` leaves drawing out; ``fresh`` says
-    whether the model had not been trained before; ``figure`` can be saved. Raises InputError for
-    a model without the metric "accuracy".
+    whether the model had not been trained before, ``ended`` whether ``fit`` came to its end;
+    ``figure`` can be saved. Raises InputError for a model without the metric "accuracy".
     """
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -38,6 +38,7 @@ class DynamicLossPlot(keras.callbacks.Callback):
         if "accuracy" not in [getattr(m, "name", m) for m in keras.tree.flatten(metrics)]:
             raise InputError('The loss plot needs metrics=["accuracy"] in model.compile.')
         self.fresh = self.model not in _trained and int(self.model.optimizer.iterations) == 0
+        self.ended = False
         if not self.fresh:
             print(
                 "This model was trained before, so what follows is not what the seed gives, and "
@@ -95,6 +96,7 @@ class DynamicLossPlot(keras.callbacks.Callback):
         print(f"\r{line:<79}" if self._on_terminal else line, flush=True)
 
     def on_train_end(self, logs: dict | None = None) -> None:
+        self.ended = True
         self._redraw(ended=True)
         trained, asked = len(self.seconds_per_epoch), self.epochs - self._first
         count = f"{trained}{f' of {asked}' if trained < asked else ''} epoch{'s' * (asked != 1)}"

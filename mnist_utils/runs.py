@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Container, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -176,14 +177,17 @@ def save_run(
     labels (n, 10). ``evaluation_seconds`` are given where the evaluation is part of the cost. The
     files are wholly there or not there, the record last. Raises InputError for a number that is
     not finite, for parameters changed since they were checked, for a model that was not built
-    with the seed and trained from its start by this one ``fit``, so that the seed does not give
-    its numbers, and for an evaluation older than the training.
+    with the seed and trained from its start to its end by this one ``fit``, so that the seed does
+    not give its numbers, and for an evaluation older than the training. A model that Keras cannot
+    save is named and left out.
     """
     seed = parameters.seed % (2**31 - 1)  # as TensorFlow keeps it
-    if loss_plot.model is not model or not loss_plot.fresh or loss_plot.seed != seed:
+    whole = loss_plot.model is model and loss_plot.fresh and loss_plot.ended
+    if not whole or loss_plot.seed != seed:
         raise InputError(
-            "The run is not saved: the model was not trained once, from its start, by the cell "
-            "above, so its numbers are not those of the seed. Run the cells from the model's on."
+            "The run is not saved: the model was not trained once, from its start to its end, by "
+            "the cell above, so its numbers are not those of the seed. Run the cells from the "
+            "model's on."
         )
     if any(old is given for old in loss_plot.outdated for given in (score, probabilities)):
         raise InputError(
@@ -212,8 +216,12 @@ def save_run(
     files = {f"predictions-{sha256[:8]}.npz": arrays.getvalue()}
     model_file = None
     if parameters.keep_model:
-        files[MODEL_FILE] = model_bytes(model)
-        model_file = {"file": MODEL_FILE, "sha256": hashlib.sha256(files[MODEL_FILE]).hexdigest()}
+        try:
+            content = files[MODEL_FILE] = model_bytes(model)
+            model_file = {"file": MODEL_FILE, "sha256": hashlib.sha256(content).hexdigest()}
+        except Exception as error:  # what Keras raises for layers that it cannot read again
+            reason = str(error).strip() or type(error).__name__
+            print("The model itself is not saved:", reason.splitlines()[0])
     record = {
         "schema_version": SCHEMA_VERSION,
         "model": parameters.model,
@@ -367,7 +375,10 @@ def load_model(folder: Path) -> "keras.Model":
     """
     entry = load_record(folder).model_file
     if entry is None:
-        raise InputError(f"{folder}: its model was not kept; run it again with keep_model = True.")
+        raise InputError(
+            f"{folder}: its model was not kept; remove the folder, and run it again with "
+            "keep_model = True."
+        )
     content = _read_checked(folder, entry)
     from mnist_utils.training import keras
 
@@ -493,8 +504,8 @@ def code_sha256(notebook: "nbformat.NotebookNode") -> str:
 
 def describe_architecture(model: "keras.Model") -> dict[str, Any]:
     """Read the comparison's columns, the cost and a digest off a built Keras model."""
-    layers = model.layers
-    convolutions = [layer for layer in layers if _kind(layer) == "Conv2D"]
+    layers = _layers(model)
+    convolutions = [layer for layer in layers if len(getattr(layer, "kernel_size", ())) == 2]
     kinds = {_kind(layer) for layer in layers}
     return {
         "conv_layers": len(convolutions),
@@ -509,19 +520,26 @@ def describe_architecture(model: "keras.Model") -> dict[str, Any]:
     }
 
 
+def _layers(model: "keras.Model") -> list["keras.Layer"]:
+    """Return the layers of a model, and in the place of a model among them its own."""
+    several = (_layers(part) if hasattr(part, "layers") else [part] for part in model.layers)
+    return list(chain.from_iterable(several))
+
+
 def _kind(layer: "keras.Layer") -> str:
     return type(layer).__name__
 
 
 def _multiply_adds(layer: "keras.Layer") -> int:
-    """Return the multiply-adds that a layer needs for one image; only matrix products count."""
-    if _kind(layer) not in ("Conv2D", "Dense"):
+    """Return the multiply-adds of a convolution or dense layer for one image; 0 for any other.
+
+    Each weight of its kernels is used once for each place of the output.
+    """
+    if not hasattr(layer, "kernel_size") and _kind(layer) != "Dense":
         return 0
-    kernel = math.prod(layer.kernel.shape)
-    if _kind(layer) == "Dense":
-        return kernel
-    _, *output = layer.output.shape
-    return kernel * math.prod(output) // layer.filters
+    weights = sum(math.prod(kernel.shape) for kernel in layer.weights if len(kernel.shape) > 1)
+    _, *places, _ = layer.output.shape
+    return weights * math.prod(places)
 
 
 # What tells the layers of this collection apart. Names, seeds and precision do not; keys that
@@ -535,8 +553,11 @@ _DIGEST_KEYS = (
 def architecture_digest(model: "keras.Model") -> str:
     """Return 16 hex digits that say which architecture a model has."""
     layers = []
-    for layer in model.layers:
-        config = layer.get_config()
+    for layer in _layers(model):
+        try:
+            config = layer.get_config()
+        except NotImplementedError:  # a reader's own layer that does not describe itself
+            config = {}
         layers.append([_kind(layer), {key: config[key] for key in _DIGEST_KEYS if key in config}])
     content = json.dumps([list(model.input_shape[1:]), layers], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -565,7 +586,7 @@ def describe_environment() -> dict[str, str | int]:
     cores = len(count_cores(0)) if count_cores else os.cpu_count() or 1
     # A path is somebody's own: of such a variable only the name is kept.
     variables = [
-        name if "/" in value else f"{name}={value}"
+        name if re.search(r"[/\\]", value) else f"{name}={value}"
         for name, value in sorted(os.environ.items())
         if LIBRARIES.match(name) and f"{name}={value}" not in USUAL and name not in USUAL
     ]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from mnist_utils.data import load_mnist
-from mnist_utils.parameters import ALLOWED, InputError, Parameters, refusal
+from mnist_utils.parameters import ALLOWED, InputError, Parameters, images_trained_on, refusal
 
 CLASSES = 10
 
@@ -92,12 +92,20 @@ def prepare_data(
     """Set up, load and prepare the data as 1_model_a1 does step by step; print what it prints.
 
     Returns ``(x_train, y_train), (x_test, y_test)``: images float32 (n, 28, 28, 1) from 0 to 1,
-    and one-hot labels float64 (n, 10). Raises InputError for data that cannot be read.
+    and one-hot labels float64 (n, 10). Raises InputError for data that cannot be read, and where
+    what D and E keep back to validate is all of one digit.
     """
     set_up(parameters.seed, parameters.precision)
     (x_train, y_train), (x_test, y_test) = load_mnist(
         parameters.dataset, parameters.train_samples, parameters.seed
     )
+    count = len(y_train)
+    kept_back = y_train[images_trained_on(parameters.model, count) :]
+    if len(kept_back) >= 10 and len(set(kept_back)) == 1:  # sorted by digit
+        raise InputError(
+            f"dataset is {parameters.dataset!r}; its training images must be in mixed order: the "
+            f"last {len(kept_back)}, kept back to validate, are all of the digit {kept_back[0]}."
+        )
     x_train, x_test = prepare_images(x_train), prepare_images(x_test)
     print("x_train shape:", x_train.shape)
     print("x_test shape:", x_test.shape)

@@ -173,9 +173,12 @@ def test_variables_that_change_numbers_are_recorded_but_never_a_path(monkeypatch
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/somebody/dump")
+    monkeypatch.setenv("CUDA_PATH", r"C:\Users\somebody\cuda")
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
     found = runs.describe_environment()
-    assert found["variables"] == "ONEDNN_MAX_CPU_ISA=AVX2 TF_ENABLE_ONEDNN_OPTS=0 XLA_FLAGS"
+    assert (
+        found["variables"] == "CUDA_PATH ONEDNN_MAX_CPU_ISA=AVX2 TF_ENABLE_ONEDNN_OPTS=0 XLA_FLAGS"
+    )
     assert found["threads"] == 3
     assert not {os.uname().nodename, os.environ.get("USER", "-")} & {*map(str, found.values())}
 

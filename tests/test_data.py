@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_npz
+from test_parameters import GOOD
 
 from mnist_utils import data
 from mnist_utils.data import IDX_FILES, balanced_subset, load_mnist, load_test_images
-from mnist_utils.parameters import InputError
-from mnist_utils.training import make_batches, prepare_images
+from mnist_utils.parameters import InputError, check_parameters
+from mnist_utils.training import make_batches, prepare_data, prepare_images
 
 
 def idx(array: np.ndarray, kind: int = 8) -> bytes:
@@ -211,6 +212,17 @@ def test_the_seed_chooses_the_subset(mnist):
 def test_train_samples_out_of_range_are_refused(samples):
     with pytest.raises(InputError, match=rf"train_samples is {samples}; .* 1 to 60000"):
         load_mnist(train_samples=samples)
+
+
+def test_what_is_kept_back_to_validate_must_not_be_all_of_one_digit(mnist, tmp_path):
+    (x, y), (x_test, y_test) = mnist
+    order = np.argsort(y[:1200], kind="stable")
+    arrays = {"x_train": x[order], "y_train": y[order], "x_test": x_test, "y_test": y_test}
+    given = GOOD | {"results_dir": str(tmp_path), "train_samples": 600}
+    given["dataset"] = str(write_npz(tmp_path / "sorted.npz", arrays))
+    with pytest.raises(InputError, match=r"^dataset is .*sorted.npz'; .* last 10, .* the digit 9"):
+        prepare_data(check_parameters("d", given))
+    prepare_data(check_parameters("a1", given))  # which keeps none back
 
 
 def test_images_are_prepared_with_a_last_channel_axis(mnist):

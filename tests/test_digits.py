@@ -220,6 +220,13 @@ def test_specks_and_a_dark_table_are_no_digits():
     assert likeness(found, expected[0]) > 0.9
 
 
+def test_colours_that_cannot_be_made_grey_are_refused_in_one_sentence():
+    picture = io.BytesIO()
+    Image.new("LAB", (40, 40)).save(picture, "TIFF")
+    with pytest.raises(InputError, match=r"^The picture cannot be read .*; it must be an image"):
+        read_picture(picture.getvalue())
+
+
 def test_every_kind_of_picture_that_pillow_opens_is_read(tmp_path):
     x, _ = mnist_test()
     picture = photograph(x[0], 4)

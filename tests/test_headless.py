@@ -19,7 +19,7 @@ import nbformat
 import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, SMALL, output_text, python, write_npz
-from distributed import Nanny
+from distributed import Client, Nanny
 
 from mnist_utils import headless
 from mnist_utils.__main__ import main, make_parser, parse_seeds, parse_values
@@ -726,6 +726,23 @@ def test_a_worker_that_joins_late_gets_its_share_and_an_unfit_one_nothing(
     assert re.search(
         r"^The worker tcp://\S+ has 2 threads; .* It is not used\.$", said, re.MULTILINE
     )
+
+
+def test_a_fit_worker_beside_an_unfit_one_may_die_and_another_take_its_place(cluster, checkout):
+    there = cluster(workers=1)
+    there.add_worker("unfit", threads=2)
+    with Client(there.address) as client:
+        client.wait_for_workers(2)
+
+    def take_its_place():
+        kill_in_mid_run(there.workers[0])
+        time.sleep(2 * headless.LOOK)
+        there.add_worker("late")
+
+    in_background(take_its_place)
+    assert run_tasks(make_tasks(["d"], {"seed": [0, 1]}), there.address) == []
+    assert there.workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert recorded(checkout / "runs") == [("d", 0), ("d", 1)]
 
 
 def test_where_no_worker_is_fit_it_is_said_in_a_sentence(cluster, checkout, tmp_path, monkeypatch):

@@ -108,6 +108,44 @@ def test_the_architecture_is_read_off_the_model_and_told_by_a_digest(trained):
     assert len({digest(), digest(9), digest(activation="relu"), digest(use_bias=False)}) == 4
 
 
+def test_layers_within_layers_and_other_convolutions_are_counted():
+    layers = keras.layers
+    inner = [
+        layers.SeparableConv2D(8, 3, strides=2),
+        layers.DepthwiseConv2D((1, 3), use_bias=False),
+    ]
+    inner = keras.Sequential([layers.Conv2D(4, 3, groups=2), *inner])
+    outer = [keras.Input((12, 12, 2)), inner, layers.Flatten(), layers.Dense(10)]
+    found = runs.describe_architecture(keras.Sequential(outer))
+    # By hand: 10 x 10, then 4 x 4, then 4 x 2 places.
+    macs = 100 * 9 * 4 + 16 * (9 * 4 + 4 * 8) + 8 * 3 * 8 + 64 * 10
+    assert (found["macs"], found["conv_layers"]) == (macs, 3)
+    assert found["kernel_sizes"] == [[3, 3], [3, 3], [1, 3]]
+    for change in (keras.Sequential([layers.Conv2D(4, 3)]), layers.Conv2D(4, 3)):
+        other = keras.Sequential([outer[0], change, layers.Flatten(), layers.Dense(10)])
+        assert runs.architecture_digest(other) != found["digest"]
+
+
+@pytest.mark.parametrize("describes_itself", [True, False])
+def test_a_model_that_keras_cannot_save_costs_only_itself(describes_itself, save, capsys):
+    class Noise(keras.layers.Layer):
+        def __init__(self, amount, **options):
+            super().__init__(**options)
+            self.amount = amount
+
+        def call(self, inputs):
+            return self.amount * inputs
+
+    noise = Noise(2.0 if describes_itself else np.ones(1))  # which Keras cannot write down
+    layers = [keras.Input((28, 28, 1)), noise, keras.layers.Flatten()]
+    model = keras.Sequential([*layers, keras.layers.Dense(10, "softmax")])
+    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
+    folder = save(trained=(model, train(model)))
+    assert "The model itself is not saved: " in capsys.readouterr().out
+    assert load_record(folder).model_file is None
+    assert len(read_predictions(folder)["labels"]) == 32
+
+
 def test_a_run_by_hand_never_touches_a_headless_one(save, monkeypatch):
     headless = save()
     before = {path.name: path.read_bytes() for path in headless.iterdir()}
@@ -195,7 +233,18 @@ def test_what_the_seed_does_not_give_is_not_saved(save, trained, tmp_path):
     model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
     plots.append(train(model))
     # Another model than the watched one, one trained before, and that one compiled anew.
-    for pair in ((trained[0], plots[0]), (model, plots[1]), (model, plots[2])):
+    pairs = [(trained[0], plots[0]), (model, plots[1]), (model, plots[2])]
+    # And one whose training was interrupted in its second epoch.
+    model, plot = build(), DynamicLossPlot()
+
+    def interrupt(batch, logs):
+        if plot.seconds_per_epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, 3, [plot, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)])
+    assert len(plot.history["loss"]) == 1
+    for pair in (*pairs, (model, plot)):
         with pytest.raises(InputError, match="not saved: the model was not trained once"):
             save(trained=pair)
     with pytest.raises(InputError, match="not saved: test_loss"):
@@ -348,5 +397,5 @@ def test_a_model_is_loaded_or_refused_in_a_sentence(save, trained, tmp_path):
         with pytest.raises(InputError, match=f"^{path}: not a Keras model, or one of another"):
             load_model(folder)
     save(keep_model=False)
-    with pytest.raises(InputError, match="its model was not kept; run it again with keep_model"):
+    with pytest.raises(InputError, match="its model was not kept; remove the folder, and run it"):
         load_model(folder)

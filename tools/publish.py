@@ -4,7 +4,8 @@ Usage, in the checkout's root after `make run`: .venv/bin/python tools/publish.p
 
 Takes each headless run in runs/ that the present code cells made with the reference parameters,
 whatever its seed, in float32 or mixed_bfloat16, and that is not published yet. Its record and
-predictions go to results/, of seed 0 the trained model as well, and the outputs into the notebook.
+predictions go to results/, of seed 0 the trained model as well, which must have been kept, and the
+outputs into the notebook.
 Published runs that other code cells made are removed: they would be averaged with the new ones.
 Last, all that shows results is executed anew over results/ alone: the notebooks' first screens,
 7_your_digits, 8_comparison, the study and the README's table.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import papermill
 from nbformat import NotebookNode
 from prettytable import PrettyTable
@@ -38,7 +40,7 @@ from measure import training_seconds  # noqa: E402
 
 def main() -> None:
     for run in load_runs(RESULTS)[0].itertuples():
-        if run.setting is None or run.code_sha256 != code_sha256(read(notebook_of(run.setting))):
+        if pd.isna(run.setting) or run.code_sha256 != code_sha256(read(notebook_of(run.setting))):
             shutil.rmtree(run.path)
             print(f"{run.path.relative_to(ROOT)}: removed, other code cells made it")
     runs = load_runs(ROOT / "runs")[0]
@@ -54,12 +56,16 @@ def publish_run(run: Any) -> None:
     place = Path(run.path.parent.name, run.path.name)
     path = notebook_of(run.setting)
     notebook = read(path)
-    if (RESULTS / place).exists() or run.code_sha256 != code_sha256(notebook):
+    if (RESULTS / place / RECORD_FILE).exists() or run.code_sha256 != code_sha256(notebook):
         return
     record = json.loads((run.path / RECORD_FILE).read_text(encoding="utf-8"))
-    (RESULTS / place).mkdir(parents=True)
+    with_model = run.seed == 0 and "float32" in place.name
+    if with_model and record["model_file"] is None:
+        print(f"{place}: not published, its model was not kept")
+        return
+    (RESULTS / place).mkdir(parents=True, exist_ok=True)
     shutil.copy(run.path / record["predictions"]["file"], RESULTS / place)
-    if run.seed == 0 and "float32" in place.name:
+    if with_model:
         shutil.copy(run.path / MODEL_FILE, RESULTS / place)
         executed = read(run.path / "executed.ipynb")
         if not any("injected-parameters" in tags(cell) for cell in executed.cells):

@@ -27,6 +27,17 @@ DIGITS = {
     ],
     7: [[(0.25, 0.2), (0.5, 0.19), (0.75, 0.2), (0.6, 0.5), (0.5, 0.85)]],
 }
+PALM = """() => {
+    const paper = document.querySelector('.digit-canvas .paper');
+    const { left, top, width, height } = paper.getBoundingClientRect();
+    const place = { clientX: left + 0.9 * width, clientY: top + 0.1 * height };
+    for (const kind of ['down', 'move', 'up'])
+        paper.dispatchEvent(new PointerEvent(`pointer${kind}`, { pointerId: 99, ...place }));
+}"""
+INKED = """([x, y]) => {
+    const paper = document.querySelector('.digit-canvas .paper');
+    return paper.getContext('2d').getImageData(280 * x, 280 * y, 1, 1).data[3] > 0;
+}"""
 ANSWERS = """() => [...document.querySelectorAll('.digit-canvas .best')].map(e => e.textContent)"""
 
 
@@ -39,7 +50,8 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-def draw(page, strokes) -> None:  # noqa: F811
+def draw(page, strokes, between=lambda: None) -> None:  # noqa: F811
+    """Draw strokes; ``between`` is called after each of their parts."""
     box = page.locator(".digit-canvas .paper").bounding_box()
     for stroke in strokes:
         points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in stroke]
@@ -47,6 +59,7 @@ def draw(page, strokes) -> None:  # noqa: F811
         page.mouse.down()
         for point in points[1:]:
             page.mouse.move(*point, steps=5)
+            between()
         page.mouse.up()
 
 
@@ -75,8 +88,12 @@ def test_the_models_answer_what_is_drawn(page, server, project):  # noqa: F811
         if digit != 7:
             page.get_by_role("button", name="Clear").click()
             wait_for(page, "")
-    # Another stroke, and back again.
-    draw(page, [[(0.1, 0.9), (0.9, 0.9)], [(0.1, 0.8), (0.9, 0.8)]])
+    # Another stroke, in which a palm beside the pen draws nothing and ends nothing; and back again.
+    draw(page, [[(0.1, 0.8), (0.9, 0.8)]])
+    draw(page, [[(0.1, 0.9), (0.5, 0.9), (0.9, 0.9)]], between=lambda: page.evaluate(PALM))
+    assert [page.evaluate(INKED, place) for place in ([0.9, 0.1], [0.3, 0.9], [0.8, 0.9])] == [
+        *(False, True, True)
+    ]
     for _ in range(2):
         page.get_by_role("button", name="Undo").click()
     wait_for(page, "7")
