@@ -359,8 +359,8 @@ def _own_groups(own: pd.DataFrame, references: pd.DataFrame) -> pd.DataFrame:
     pairs = zip(own["setting"], own["digest"], strict=True)
     changed = [", changed" if digest not in known.get(s, {digest}) else "" for s, digest in pairs]
     code = own["code_sha256"].where(~own["by_hand"].astype(bool), own["path"].map(str))
-    own = own.assign(title=own["title"] + pd.Series(changed, own.index, dtype=str))
-    own = own.assign(code_sha256=code)
+    title = own["title"] + pd.Series(changed, own.index, dtype=str)
+    own = own.assign(title=title, code_sha256=code)
     keys = ["setting", "digest", "code_sha256", "by_hand", "epochs", "trained_epochs", *REFERENCE]
     groups = _means(own, keys)
     rank = groups.groupby("title")["accuracy"].rank(ascending=False, method="first")
