@@ -178,13 +178,18 @@ def describe(machine: dict[str, str | int], rounds: int) -> str:
 
 def times_table(rounds: list[dict[str, float]]) -> str:
     """Return every setting's whole training, in Markdown; its share of B's by rounds."""
-    lines = [["", *(SETTINGS[setting].title for setting in rounds[0])], ["---"]]
-    lines[1] += ["---:"] * len(rounds[0])
+    lines = [["", *(SETTINGS[setting].title for setting in rounds[0])]]
     seconds = [[row[setting] for row in rounds] for setting in rounds[0]]
     lines.append(["whole training, float32, seconds", *(cell(s, seconds_text) for s in seconds)])
     times = [[row["b"] / row[setting] for row in rounds] for setting in rounds[0]]
     lines.append(["B takes so many times as long", *(cell(t, "{:,.1f}".format) for t in times)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
+
+
+def markdown(lines: list[list]) -> str:
+    """Return a table in Markdown, its first column to the left and the others to the right."""
+    lines = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def cell(values: list[float], form: Callable[[float], str]) -> str:
@@ -196,7 +201,6 @@ def cell(values: list[float], form: Callable[[float], str]) -> str:
 def table(rounds: dict[str, list[Row]], macs: dict[str, int]) -> str:
     """Return all models in all ways, in Markdown; a way that a model has not is a dash."""
     lines = [["", *(SETTINGS[model].title for model in rounds), "geometric mean"]]
-    lines.append(["---", *["---:"] * (len(rounds) + 1)])
 
     def add(label: str, form: Callable[[float], str], of: Callable[[str, Row], float]) -> None:
         cells, medians = [], []
@@ -229,7 +233,7 @@ def table(rounds: dict[str, list[Row]], macs: dict[str, int]) -> str:
         add(f"share of the GEMM rate, {name}", "{:.2f}".format, share)
     for way, name in WAYS.items():
         add(f"peak MB: {name}", "{:,.0f}".format, lambda _, row, way=way: row[way]["megabytes"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def ratio(row: Row, way: str, to: str) -> float:

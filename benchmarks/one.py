@@ -29,11 +29,6 @@ GEMM_SIZE = 4096
 WHOLE = ("d", "e")  # trained whole: their learning rate follows from the number of epochs
 
 
-def load_data(images: int | None):
-    (x_train, y_train), (x_test, y_test) = load_mnist()
-    return (x_train[:images], y_train[:images]), (x_test, y_test)
-
-
 def timed_fit(run: Callable[[], Any]) -> float:
     """Return the seconds of the one ``fit`` that ``run()`` calls, after a few steps to warm up."""
     import keras
@@ -65,13 +60,13 @@ def timed_fit(run: Callable[[], Any]) -> float:
 def train_original(name: str, images: int | None) -> dict:
     import original  # never mnist_utils.training: it has TensorFlow use other kernels
 
-    return {"seconds": timed_fit(lambda: original.train(name, load_data(images)))}
+    return {"seconds": timed_fit(lambda: original.train(name, load_mnist(train_samples=images)))}
 
 
 def train_pytorch(name: str, images: int | None) -> dict:
     import plain_pytorch
 
-    return {"seconds": plain_pytorch.train(name, load_data(images))}
+    return {"seconds": plain_pytorch.train(name, load_mnist(train_samples=images))}
 
 
 def train_notebook(name: str, precision: str, images: int | None) -> dict:
@@ -81,12 +76,12 @@ def train_notebook(name: str, precision: str, images: int | None) -> dict:
 
     given = {"epochs": 1, "precision": precision, "train_samples": images}
     variables: dict[str, Any] = {}
-    seconds = timed_fit(lambda: variables.update(run_cells(name, "model.fit(", **given)))
+    seconds = timed_fit(lambda: variables.update(run_cells(name, **given)))
     return {"seconds": seconds, "macs": describe_architecture(variables["model"])["macs"]}
 
 
-def run_cells(name: str, last: str, **given) -> dict[str, Any]:
-    """Run a model notebook's code cells up to the one that has ``last``; return its variables."""
+def run_cells(name: str, **given) -> dict[str, Any]:
+    """Run a model notebook's code cells up to its training; return its variables."""
     variables: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as results:  # the notebook tries whether it can write
         given = {**SETTINGS[name].own, **given, "results_dir": results}
@@ -97,9 +92,9 @@ def run_cells(name: str, last: str, **given) -> dict[str, Any]:
             exec(cell.source, variables)
             if "parameters" in tags:
                 variables.update(given)
-            if last in cell.source:
-                return variables
-    raise ValueError(f"{name} has no cell with {last!r}")
+            if "model.fit(" in cell.source:
+                break
+    return variables
 
 
 def notebook_path(notebook: str) -> Path:

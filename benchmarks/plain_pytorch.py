@@ -11,14 +11,15 @@ BATCH_SIZE = 256
 NORMALIZATION = {"eps": 0.001, "momentum": 0.01}
 
 
+def conv(channels: int, filters: int, size: int, padding: int | str = 0):
+    return nn.Conv2d(channels, filters, size, padding=padding), nn.ReLU()
+
+
 def model_a1():
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
+        *conv(1, 16, 3),
+        *conv(16, 32, 3),
+        *conv(32, 64, 3),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * 11 * 11, 64),
@@ -29,14 +30,11 @@ def model_a1():
 
 def model_a2():
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding="same"),
-        nn.ReLU(),
-        nn.Conv2d(32, 16, 3),
-        nn.ReLU(),
+        *conv(1, 32, 3, padding="same"),
+        *conv(32, 16, 3),
         nn.MaxPool2d(2),
         nn.Dropout(0.5),
-        nn.Conv2d(16, 32, 3),
-        nn.ReLU(),
+        *conv(16, 32, 3),
         nn.MaxPool2d(2),
         nn.BatchNorm2d(32, **NORMALIZATION),
         nn.Flatten(),
@@ -50,21 +48,16 @@ def model_a2():
 
 def model_b():
     return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding="same"),
-        nn.ReLU(),
-        nn.Conv2d(32, 128, 5, padding="same"),
-        nn.ReLU(),
+        *conv(1, 32, 5, padding="same"),
+        *conv(32, 128, 5, padding="same"),
         nn.MaxPool2d(2),
         nn.Dropout(0.25),
-        nn.Conv2d(128, 64, 5, padding="same"),
-        nn.ReLU(),
+        *conv(128, 64, 5, padding="same"),
         nn.MaxPool2d(2),
         nn.Dropout(0.25),
-        nn.Conv2d(64, 64, 5, padding="same"),
-        nn.ReLU(),
+        *conv(64, 64, 5, padding="same"),
         nn.BatchNorm2d(64, **NORMALIZATION),
-        nn.Conv2d(64, 32, 5, padding="same"),
-        nn.ReLU(),
+        *conv(64, 32, 5, padding="same"),
         nn.MaxPool2d(2),
         nn.Dropout(0.25),
         nn.Flatten(),
@@ -78,23 +71,16 @@ def model_b():
 
 def model_c():
     return nn.Sequential(
-        nn.Conv2d(1, 64, 2, padding="same"),
-        nn.ReLU(),
-        nn.Conv2d(64, 128, 2, padding="same"),
-        nn.ReLU(),
-        nn.Conv2d(128, 64, 2, padding="same"),
-        nn.ReLU(),
+        *conv(1, 64, 2, padding="same"),
+        *conv(64, 128, 2, padding="same"),
+        *conv(128, 64, 2, padding="same"),
         nn.MaxPool2d(2),
         nn.Dropout(0.25),
-        nn.Conv2d(64, 64, 3, padding="same"),
-        nn.ReLU(),
-        nn.Conv2d(64, 32, 2, padding="same"),
-        nn.ReLU(),
+        *conv(64, 64, 3, padding="same"),
+        *conv(64, 32, 2, padding="same"),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding="same"),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 2, padding="same"),
-        nn.ReLU(),
+        *conv(32, 32, 3, padding="same"),
+        *conv(32, 32, 2, padding="same"),
         nn.Dropout(0.25),
         nn.BatchNorm2d(32, **NORMALIZATION),
         nn.Flatten(),

@@ -5,7 +5,7 @@ import hashlib
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ def load_mnist(dataset: str = "mnist", train_samples: int | None = None, seed: i
     InputError for anything else, with a sentence for each fault.
     """
     embedded = dataset in ("mnist", "mnist-small")
-    arrays = _read_embedded() if embedded else _read_arrays(dataset_path(dataset), dataset)
+    place = (EMBEDDED, EMBEDDED.name) if embedded else (dataset_path(dataset), dataset)
+    arrays = _read_arrays(*place)
+    for name, array in arrays.items():
+        if embedded and hashlib.sha256(array.tobytes()).hexdigest() != SHA256[name]:
+            raise InputError(f"{place[1]}: {name} is not the MNIST array that we ship (SHA-256).")
     choices = [("train", 6000, 0), ("test", 1000, 0)] if dataset == "mnist-small" else []
     choices += [("train", train_samples, seed)] if train_samples is not None else []
     for part, size, chosen_by in choices:
@@ -57,11 +61,6 @@ def load_mnist(dataset: str = "mnist", train_samples: int | None = None, seed: i
         chosen = balanced_subset(labels, size, chosen_by)
         arrays |= {name: arrays[name][chosen] for name in (f"x_{part}", f"y_{part}")}
     return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
-
-
-def load_test_images() -> np.ndarray:
-    """Return the embedded test images alone, uint8 (10000, 28, 28); raise as load_mnist does."""
-    return _read_embedded(["x_test"])["x_test"]
 
 
 def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -75,18 +74,8 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.argsort(rank_in_class[shuffled], kind="stable")[:size]])
 
 
-def _read_embedded(wanted: Iterable[str] = SHA256) -> dict[str, np.ndarray]:
-    arrays = _read_arrays(EMBEDDED, EMBEDDED.name, wanted)
-    for name, array in arrays.items():
-        if hashlib.sha256(array.tobytes()).hexdigest() != SHA256[name]:
-            raise InputError(
-                f"{EMBEDDED.name}: {name} is not the MNIST array that we ship (SHA-256)."
-            )
-    return arrays
-
-
-def _read_arrays(path: Path, dataset: str, wanted: Iterable[str] = SHA256) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file or of a folder, all four or those named, as uint8."""
+def _read_arrays(path: Path, dataset: str) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file or of a folder, as uint8."""
     arrays, faults = {}, []
     try:
         read, labels = (_read_idx, IDX_FILES) if path.is_dir() else (_read_npy, NPZ_NAMES)
@@ -98,7 +87,7 @@ def _read_arrays(path: Path, dataset: str, wanted: Iterable[str] = SHA256) -> di
         reason = getattr(error, "strerror", None) or "not an npz file, or truncated"
         fault = f"dataset {dataset}: {reason.lower()}; it must be {ALLOWED['dataset']}."
         raise InputError(fault) from None
-    for name, label in ((name, labels[name]) for name in wanted):
+    for name, label in labels.items():
         try:
             arrays[name] = read(path, name)
             faults += [f"{label} {fault}" for fault in _faults(name, arrays[name])]

@@ -56,15 +56,10 @@ def steps(picture: Picture) -> dict[str, np.ndarray]:
     grey, _ = read_grey(picture)
     ink, dark = find_ink(grey)
     crop = max(find_digits(ink)[1], key=np.size)
-    stretched = _resized(crop, (SIDE, SIDE))
-    return {
-        "resized": _bytes(_resized(grey, (SIDE, SIDE))),
-        "inverted": _bytes(_resized(1 - grey if dark else grey, (SIDE, SIDE))),
-        "evened out": _bytes(_resized(ink, (SIDE, SIDE))),
-        "cropped": _bytes(stretched),
-        "20×20 box": fit(crop, by_mass=False),
-        "centre of mass": fit(crop),
-    }
+    parts = {"resized": grey, "inverted": 1 - grey if dark else grey}
+    parts |= {"evened out": ink, "cropped": crop}
+    small = {name: _bytes(_resized(part, (SIDE, SIDE))) for name, part in parts.items()}
+    return small | {"20×20 box": fit(crop, by_mass=False), "centre of mass": fit(crop)}
 
 
 def read_grey(picture: Picture) -> tuple[np.ndarray, float]:
@@ -75,12 +70,10 @@ def read_grey(picture: Picture) -> tuple[np.ndarray, float]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(picture, np.ndarray):
                 image = Image.fromarray(_as_bytes(np.squeeze(picture)))
+            elif isinstance(picture, bytes):
+                image = Image.open(io.BytesIO(picture))
             else:
-                image = Image.open(
-                    io.BytesIO(picture)
-                    if isinstance(picture, bytes)
-                    else Path(picture).expanduser()
-                )
+                image = Image.open(Path(picture).expanduser())
             longer = max(image.size)
             image.draft("L", (LONGEST, LONGEST))  # a JPEG is decoded at a fraction of its size
             if image.width * image.height > MOST_PIXELS:

@@ -40,11 +40,11 @@ from mnist_utils import parameters as names
 from mnist_utils import runs
 from mnist_utils.data import load_mnist
 from mnist_utils.parameters import SETTINGS, InputError, say
+from mnist_utils.runs import EXECUTED, FAILED
 
 # About the seconds of an epoch. The smallest run first; a model that is added later, last.
 COSTS = {"d": 12, "a2": 14, "a1": 17, "e": 30, "c": 90, "c7": 100, "b": 250}
 COMPARISON = "8_comparison"
-EXECUTED, FAILED = "executed.ipynb", "failed.ipynb"
 LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a kernel that dies as it starts
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
@@ -53,6 +53,7 @@ PATIENCE = 20.0  # seconds without a worker, until new ones are started here, or
 LOOK = 2.0  # seconds between two looks for new workers, and for runs that others train
 
 Files = dict[str, bytes]  # by their names, or places
+Report = Callable[[str], None]
 
 
 class Task(NamedTuple):
@@ -66,8 +67,7 @@ class Task(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        name = names.run_name(self.parameters.recorded(), by_hand=False)
-        return names.results_folder(self.parameters.results_dir) / self.parameters.model / name
+        return self.parameters.run_folder()
 
     @property
     def cost(self) -> float:
@@ -133,11 +133,7 @@ def make_task(
     for other in SETTINGS:
         if SETTINGS[other].notebook == name and SETTINGS[other].own.items() <= wanted.items():
             setting = other
-    os.environ[names.CODE_VARIABLE] = ""  # its folder is that of a headless run
-    try:
-        parameters = names.check_parameters(SETTINGS[setting].model, wanted)
-    finally:
-        del os.environ[names.CODE_VARIABLE]
+    parameters = names.check_parameters(SETTINGS[setting].model, wanted, headless=True)
     title = " ".join([setting, *(f"{key} {wanted[key]}" for key in [*shown, "seed"])])
     # The notebook is told only what differs, so that its own defaults stay visible in it.
     given = {key: value for key, value in wanted.items() if value != defaults[key]}
@@ -189,11 +185,7 @@ def to_send(notebook: nbformat.NotebookNode) -> str:
 
 
 def run_notebook(
-    notebook: str,
-    given: dict[str, Any],
-    environment: dict[str, str],
-    report: Callable[[str], None],
-    data: Files,
+    notebook: str, given: dict[str, Any], environment: dict[str, str], report: Report, data: Files
 ) -> tuple[Files, str | None]:
     """Run a notebook, given as JSON, in a folder that is removed afterwards.
 
@@ -217,7 +209,7 @@ def run_notebook(
 
 
 def _execute(
-    notebook: str, given: dict[str, Any], environment: dict[str, str], report: Callable[[str], None]
+    notebook: str, given: dict[str, Any], environment: dict[str, str], report: Report
 ) -> str | None:
     """Execute a notebook here as executed.ipynb; return in a sentence what failed, if so.
 
@@ -585,31 +577,22 @@ def send_files(client: Client, path: Path) -> Future:
 
 def write_run(task: Task, files: Files, problem: str | None) -> str | None:
     """Write a run's files; return in a sentence what is wrong with the run, if anything."""
-    try:
-        write_files(task.folder, files)
-    except OSError as error:
-        return " ".join(filter(None, [problem, f"It cannot be written: {first_line(error)}."]))
-    if runs.RECORD_FILE in files:
-        runs.remove_leftovers(task.folder, keep=files)
-    if problem:
-        return problem + (f" Its executed copy: {task.folder / FAILED}" if FAILED in files else "")
+    if problem := write_executed(task.folder, files, problem):
+        return problem
     return None if task.finished_run() else "The notebook ran, but left no record."
 
 
-def write_files(folder: Path, files: Files) -> None:
-    """Write files whole, the record last; an executed copy takes the place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted(files, key=lambda name: name == runs.RECORD_FILE):
-        runs.write_whole(folder / name, files[name])
-    for name in {EXECUTED, FAILED} - set(files):
-        (folder / name).unlink(missing_ok=True)
+def write_executed(folder: Path, files: Files, problem: str | None) -> str | None:
+    """Write what a notebook left; return its problem, if any, with what is to be said of it."""
+    try:
+        runs.write_files(folder, files)
+    except OSError as error:
+        return " ".join(filter(None, [problem, f"It cannot be written: {first_line(error)}."]))
+    return f"{problem} Its executed copy: {folder / FAILED}" if FAILED in files else problem
 
 
 def run_all(
-    tasks: list[Task],
-    results_dir: str | None = None,
-    scheduler: str | None = None,
-    workers: int | None = None,
+    tasks: list[Task], results_dir: str | None, scheduler: str | None, workers: int | None
 ) -> int:
     """Run tasks, all in ``results_dir``, and then the comparison; print the table of own runs.
 
@@ -641,11 +624,6 @@ def run_comparison(results: Path, given: dict[str, Any]) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / runs.LOCK):  # another command's end is waited for
             environment = {names.RESULTS_VARIABLE: str(results)}
-            files, problem = run_notebook(notebook, given, environment, say, {})
-            write_files(folder, files)
-            runs.remove_leftovers(folder, keep=files)
+            return write_executed(folder, *run_notebook(notebook, given, environment, say, {}))
     except OSError as error:
         return f"{first_line(error)}."
-    if problem and FAILED in files:
-        problem += f" Its executed copy: {folder / FAILED}"
-    return problem

@@ -122,19 +122,17 @@ class Parameters(BaseModel):
     keep_model: bool
     first_kernel_size: Annotated[int, Field(ge=1, le=28)] | None = None
     dataset_name: str = "mnist"
+    by_hand: bool = True
 
     def recorded(self) -> dict[str, Any]:
         """Return what a record keeps under ``run``; two runs are the same when it is equal."""
         names = {"epochs", "batch_size", "seed", "train_samples", "precision"}
-        return self.model_dump(include=names) | {"dataset": self.dataset_name} | self.own()
-
-    def own(self) -> dict[str, int]:
-        """Return the parameters that only this model has."""
-        return {name: getattr(self, name) for name in OWN if getattr(self, name) is not None}
+        own = self.model_dump(include=set(OWN), exclude_none=True)
+        return self.model_dump(include=names) | {"dataset": self.dataset_name} | own
 
     def run_folder(self) -> Path:
         """Return the folder of the run with these parameters, whether it is there or not."""
-        name = run_name(self.recorded(), by_hand=CODE_VARIABLE not in os.environ)
+        name = run_name(self.recorded(), self.by_hand)
         return results_folder(self.results_dir) / self.model / name
 
 
@@ -156,11 +154,12 @@ def run_name(run: Mapping[str, Any], by_hand: bool) -> str:
     return "-".join([*parts, "by_hand"] if by_hand else parts)
 
 
-def check_parameters(model: str, values: Mapping[str, Any]) -> Parameters:
+def check_parameters(model: str, values: Mapping[str, Any], headless: bool = False) -> Parameters:
     """Return the checked parameters of a run of ``model``, one of ``MODELS``.
 
-    ``values`` holds them by name, among others, as a notebook's ``globals()`` does. Raises
-    InputError, in one sentence that names the parameter, its value and what is allowed.
+    ``values`` holds them by name, among others, as a notebook's ``globals()`` does; ``headless``
+    is said by who starts a run elsewhere. Raises InputError, in one sentence that names the
+    parameter, its value and what is allowed.
     """
     wanted = [name for name in ALLOWED if name not in OWN]
     wanted += [
@@ -179,7 +178,9 @@ def check_parameters(model: str, values: Mapping[str, Any]) -> Parameters:
             raise refusal("model", model, f"one of {', '.join(MODELS)}") from None
         raise refusal(name, given[name], ALLOWED[name]) from None
     check_counts(parameters, EMBEDDED.get(parameters.dataset))
-    parameters = parameters.model_copy(update={"dataset_name": dataset_name(parameters.dataset)})
+    by_hand = not headless and CODE_VARIABLE not in os.environ
+    more = {"dataset_name": dataset_name(parameters.dataset), "by_hand": by_hand}
+    parameters = parameters.model_copy(update=more)
     # The run's own folder: whatever lies in its way is better found now than after training.
     writable_folder(parameters.run_folder())
     return parameters

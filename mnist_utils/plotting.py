@@ -91,13 +91,6 @@ def show_digits(images: Sequence | np.ndarray, titles: list[str], alt: str) -> N
         show(fig, alt)
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return counts of shape (10, 10), int64: row is the true class, column the predicted one."""
-    counts = np.zeros((10, 10), dtype=np.int64)
-    np.add.at(counts, (labels, predicted), 1)
-    return counts
-
-
 def _classes(y_test: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if np.ndim(y_test) != 2 or np.shape(y_test) != np.shape(probabilities):
         shapes = f"{np.shape(y_test)} and {np.shape(probabilities)}"
@@ -110,7 +103,8 @@ def show_confusion(y_test: np.ndarray, probabilities: np.ndarray) -> None:
 
     ``y_test``, one-hot, and ``probabilities`` are of shape (n, 10), or InputError is raised.
     """
-    counts = confusion_matrix(*_classes(y_test, probabilities))
+    counts = np.zeros((10, 10), int)  # row is the true class, column the predicted one
+    np.add.at(counts, _classes(y_test, probabilities), 1)
     errors = counts - np.diag(counts.diagonal())
     summary = f"{errors.sum():,} errors in {counts.sum():,} test images"
     with figure(size=(6.4, 5.4)) as (fig, ax):

@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import zipfile
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from psutil import pid_exists
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mnist_utils.parameters import (
@@ -42,6 +41,7 @@ if TYPE_CHECKING:  # slow to import, and here only load_model needs TensorFlow
 SCHEMA_VERSION = 1
 RECORD_FILE = "metrics.json"
 MODEL_FILE = "model.keras"
+EXECUTED, FAILED = "executed.ipynb", "failed.ipynb"  # what the headless runner executed
 LOCK = ".lock"  # of a folder, while it is written
 MOST_BYTES = 10**9  # of a file that is read whole; the largest here has a few million
 
@@ -203,7 +203,10 @@ def save_run(
                 f"{getattr(parameters, name)!r} when it was checked. Run the cells from the "
                 "parameters on."
             )
-    history = {name: _rounded(loss_plot.history[name]) for name in History.model_fields}
+    history = {
+        name: [None if value is None else round(float(value), 6) for value in values]
+        for name, values in loss_plot.history.items()
+    }
     arrays = io.BytesIO()
     np.savez_compressed(
         arrays,
@@ -247,10 +250,7 @@ def save_run(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     with FileLock(folder / LOCK):  # two kernels may save the same run at once
-        for name, content in files.items():
-            write_whole(folder / name, content)
-        write_whole(folder / RECORD_FILE, text.encode())
-        remove_leftovers(folder, keep=files)
+        write_files(folder, {**files, RECORD_FILE: text.encode()})
     if len(history["loss"]) < parameters.epochs:
         print(f"Stopped after {len(history['loss'])} of {parameters.epochs} epochs.")
     # As the reader gave it: a worker's own folder is a temporary one.
@@ -258,17 +258,19 @@ def save_run(
     print("Saved the run in", shown)
 
 
-def _rounded(values: list[float | None]) -> list[float | None]:
-    return [None if value is None else round(float(value), 6) for value in values]
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files whole, the record last, and remove those whose place they take.
 
-
-def remove_leftovers(folder: Path, keep: Container[str]) -> None:
-    """Remove what an older run, or one that was killed while it wrote, left in a run's folder."""
-    for pattern in ("predictions-*.npz", MODEL_FILE, ".*.part"):
-        for path in folder.glob(pattern):
-            writer = path.name.split(".")[-2] if pattern == ".*.part" else ""
-            if path.name not in keep and not (writer.isdecimal() and pid_exists(int(writer))):
-                path.unlink(missing_ok=True)
+    The folder is locked: what another process began to write, it was killed while it wrote.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(files, key=lambda name: name == RECORD_FILE):
+        write_whole(folder / name, files[name])
+    older = [EXECUTED, FAILED, ".*.part"]
+    older += ["predictions-*.npz", MODEL_FILE] if RECORD_FILE in files else []
+    for path in (path for pattern in older for path in folder.glob(pattern)):
+        if path.name not in files:
+            path.unlink(missing_ok=True)
 
 
 def load_record(folder: Path) -> Record:
@@ -356,10 +358,9 @@ def read_predictions(folder: Path) -> dict[str, np.ndarray]:
         _check_size(content)
         with np.load(content, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("probabilities", "predicted", "labels")}
-        kinds = [(array.dtype, array.shape[1:]) for array in found.values()]
-        if kinds != [(np.float16, (10,)), (np.uint8, ()), (np.uint8, ())]:
-            raise ValueError
-        if len({len(array) for array in found.values()}) > 1:
+        kinds = [(array.dtype, array.shape) for array in found.values()]
+        count = len(found["labels"])
+        if kinds != [(np.float16, (count, 10)), (np.uint8, (count,)), (np.uint8, (count,))]:
             raise ValueError
     except Exception:  # what a damaged or hostile archive raises: BadZipFile, KeyError, ...
         raise InputError(
@@ -506,7 +507,7 @@ def describe_architecture(model: "keras.Model") -> dict[str, Any]:
     """Read the comparison's columns, the cost and a digest off a built Keras model."""
     layers = _layers(model)
     convolutions = [layer for layer in layers if len(getattr(layer, "kernel_size", ())) == 2]
-    kinds = {_kind(layer) for layer in layers}
+    kinds = {type(layer).__name__ for layer in layers}
     return {
         "conv_layers": len(convolutions),
         "kernel_sizes": [list(layer.kernel_size) for layer in convolutions],
@@ -526,16 +527,12 @@ def _layers(model: "keras.Model") -> list["keras.Layer"]:
     return list(chain.from_iterable(several))
 
 
-def _kind(layer: "keras.Layer") -> str:
-    return type(layer).__name__
-
-
 def _multiply_adds(layer: "keras.Layer") -> int:
     """Return the multiply-adds of a convolution or dense layer for one image; 0 for any other.
 
     Each weight of its kernels is used once for each place of the output.
     """
-    if not hasattr(layer, "kernel_size") and _kind(layer) != "Dense":
+    if not hasattr(layer, "kernel_size") and type(layer).__name__ != "Dense":
         return 0
     weights = sum(math.prod(kernel.shape) for kernel in layer.weights if len(kernel.shape) > 1)
     _, *places, _ = layer.output.shape
@@ -558,7 +555,8 @@ def architecture_digest(model: "keras.Model") -> str:
             config = layer.get_config()
         except NotImplementedError:  # a reader's own layer that does not describe itself
             config = {}
-        layers.append([_kind(layer), {key: config[key] for key in _DIGEST_KEYS if key in config}])
+        kept = {key: config[key] for key in _DIGEST_KEYS if key in config}
+        layers.append([type(layer).__name__, kept])
     content = json.dumps([list(model.input_shape[1:]), layers], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -578,10 +576,9 @@ USUAL |= {"KERAS_BACKEND", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "
 
 def describe_environment() -> dict[str, str | int]:
     """Return versions, processor, device and what was set; never a path, a host or a user."""
-    import tensorflow as tf
+    from mnist_utils.training import GPUS, keras, tf
 
-    gpus = tf.config.list_physical_devices("GPU")
-    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in GPUS]
     count_cores = getattr(os, "sched_getaffinity", None)
     cores = len(count_cores(0)) if count_cores else os.cpu_count() or 1
     # A path is somebody's own: of such a variable only the name is kept.
@@ -593,14 +590,14 @@ def describe_environment() -> dict[str, str | int]:
     return {
         "python": platform.python_version(),
         "tensorflow": tf.__version__,
-        "keras": sys.modules["keras"].__version__,
+        "keras": keras.__version__,
         "numpy": np.__version__,
         "system": platform.system(),
         "processor": processor(),
         "cores": cores,
         # The headless runner shares the cores out by this variable of TensorFlow's.
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or cores),
-        "device": details[0].get("device_name", "GPU") if gpus else "CPU",
+        "device": details[0].get("device_name", "GPU") if GPUS else "CPU",
         "variables": " ".join(variables),
     }
 

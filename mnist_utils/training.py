@@ -11,6 +11,10 @@ from mnist_utils.data import load_mnist
 from mnist_utils.parameters import ALLOWED, InputError, Parameters, images_trained_on, refusal
 
 CLASSES = 10
+MUST_BE_UNSET = (
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE"),
+    *("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"),
+)
 
 
 @contextmanager
@@ -59,21 +63,11 @@ def set_up(seed: int, precision: str) -> None:
             f"Keras's backend is {keras.backend.backend()!r}; it must be 'tensorflow': restart "
             "the kernel."
         )
-    for name in (
-        "ONEDNN_DEFAULT_FPMATH_MODE",
-        "DNNL_DEFAULT_FPMATH_MODE",
-        "TF_SET_ONEDNN_FPMATH_MODE",
-    ):
-        if os.environ.get(name, "STRICT").upper() != "STRICT":
+    for name in MUST_BE_UNSET:
+        if os.environ.get(name, "STRICT").upper() != "STRICT":  # the FPMATH_MODEs' own default
             raise InputError(
-                f"{name} is {os.environ[name]!r}; it must be unset: the parameter precision says "
-                "how a run computes."
-            )
-    for name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
-        if name in os.environ:
-            raise InputError(
-                f"{name} is {os.environ[name]!r}; it must be unset: the parameters say for how "
-                "long a run trains."
+                f"{name} is {os.environ[name]!r}; it must be unset: the parameters say how a run "
+                "computes, and for how long."
             )
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -125,3 +127,18 @@ def executed(small_mnist, common_folder):
 def python(*arguments) -> list[str]:
     """Return the command that runs this Python with arguments."""
     return [sys.executable, *map(str, arguments)]
+
+
+def run_python(*arguments, **options):
+    """Run this Python with arguments; return how it ended and what it printed."""
+    return subprocess.run(python(*arguments), capture_output=True, text=True, **options)
+
+
+def make_environment(folder: Path) -> Path:
+    """Make an environment with this one's packages, but without the helpers; return its Python."""
+    # Without its own pip and setuptools, older ones, before those of this environment.
+    run_python("-m", "venv", "--without-pip", folder, check=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # A path in a .pth file brings packages in, but not what is installed as editable.
+    (site_packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin/python"

@@ -1,10 +1,9 @@
 """The steps of CONTRIBUTING.md to add a model, taken in a copy of the project."""
 
 import shutil
-import subprocess
 
 import nbformat
-from conftest import ROOT, python
+from conftest import ROOT, run_python
 
 from mnist_utils.runs import load_record, load_runs
 
@@ -38,15 +37,8 @@ def test_a_model_is_added_by_the_steps_of_contributing(small_mnist, tmp_path):
     path.write_text(replace(path.read_text(encoding="utf-8"), last, last + line), encoding="utf-8")
 
     # 4: try it.
-    done = subprocess.run(
-        python(
-            *("-m", "mnist_utils", "run", "--models", "f", "-p", "epochs=1"),
-            *("-p", "batch_size=64", "-p", f"dataset={small_mnist}"),
-        ),
-        cwd=copy,
-        capture_output=True,
-        text=True,
-    )
+    given = ("-p", "epochs=1", "-p", "batch_size=64", "-p", f"dataset={small_mnist}")
+    done = run_python("-m", "mnist_utils", "run", "--models", "f", *given, cwd=copy)
     assert done.returncode == 0, done.stdout + done.stderr
     runs, problems = load_runs(copy / "runs")
     assert problems == []

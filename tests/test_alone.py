@@ -6,12 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, SMALL, output_text, python
+from conftest import (
+    MODEL_NOTEBOOKS,
+    NOTEBOOKS,
+    ROOT,
+    SMALL,
+    make_environment,
+    output_text,
+    python,
+    run_python,
+)
 from packaging.requirements import Requirement
 
 from mnist_utils import runs, training
@@ -42,14 +50,7 @@ def repository(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh_python(tmp_path_factory) -> Path:
-    """The Python of a fresh environment that has this one's packages, but not the helpers."""
-    folder = tmp_path_factory.mktemp("fresh")
-    # Without its own pip and setuptools, older ones, before those of this environment.
-    subprocess.run(python("-m", "venv", "--without-pip", folder), check=True)
-    (site_packages,) = folder.glob("lib/python*/site-packages")
-    # A path in a .pth file brings packages in, but not what is installed as editable.
-    (site_packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / "bin/python"
+    return make_environment(tmp_path_factory.mktemp("fresh"))
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_make_links_sets_the_public_name_everywhere(repository, tmp_path):
 
 
 def test_make_links_refuses_a_name_that_is_none():
-    done = subprocess.run(python(ROOT / "tools/links.py", "digits"), capture_output=True, text=True)
+    done = run_python(ROOT / "tools/links.py", "digits")
     assert done.returncode == 1
     assert done.stderr == "REPO is 'digits'; it must be owner/name, as on GitHub.\n"
 
@@ -161,7 +162,7 @@ def test_onednns_kernels_are_asked_for_unless_a_reader_set_it(given, monkeypatch
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS") if given == "1" else None
     script = "import os, mnist_utils.training; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
-    done = subprocess.run(python("-c", script), capture_output=True, text=True, check=True)
+    done = run_python("-c", script, check=True)
     assert done.stdout == f"{given}\n"
 
 

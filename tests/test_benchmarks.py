@@ -1,11 +1,10 @@
 """The benchmarks measure what they say, and their page shows what was measured."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, run_python
 
 from mnist_utils.parameters import SETTINGS
 
@@ -22,8 +21,7 @@ def benchmark(monkeypatch):
 
 
 def last_line(*arguments) -> str:
-    command = python(*arguments)
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    done = run_python(*arguments, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

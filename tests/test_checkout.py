@@ -3,10 +3,9 @@
 import os
 import shutil
 import subprocess
-import sysconfig
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, make_environment
 
 
 @pytest.fixture
@@ -15,10 +14,7 @@ def checkout(tmp_path):
     folder = tmp_path / 'it\'s a $(shell) "place"'
     ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".git", "runs", "site")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    subprocess.run(python("-m", "venv", "--without-pip", folder / ".venv"), check=True)
-    (site_packages,) = (folder / ".venv").glob("lib/python*/site-packages")
-    # A path in a .pth file brings packages in, but not what is installed as editable.
-    (site_packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    make_environment(folder / ".venv")
     with (folder / "requirements.txt").open() as file:
         stamp = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, check=True)
     (folder / ".venv" / f"installed-{stamp.stdout.replace(' ', '').strip()}").touch()

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ from conftest import write_npz
 from test_parameters import GOOD
 
 from mnist_utils import data
-from mnist_utils.data import IDX_FILES, balanced_subset, load_mnist, load_test_images
+from mnist_utils.data import IDX_FILES, balanced_subset, load_mnist
 from mnist_utils.parameters import InputError, check_parameters
-from mnist_utils.training import make_batches, prepare_data, prepare_images
+from mnist_utils.training import make_batches, prepare_data
 
 
 def idx(array: np.ndarray, kind: int = 8) -> bytes:
@@ -58,7 +57,6 @@ def test_the_embedded_data_is_mnist_bit_for_bit(mnist):
         (y_test, "27ae3e4e09519cfbb04c329615203637"),
     ):
         assert hashlib.md5(idx(array)).hexdigest() == md5
-    np.testing.assert_array_equal(load_test_images(), x_test)
 
 
 def test_one_flipped_bit_in_the_embedded_file_is_named(tmp_path, monkeypatch):
@@ -68,9 +66,8 @@ def test_one_flipped_bit_in_the_embedded_file_is_named(tmp_path, monkeypatch):
     arrays = dict(np.load(data.EMBEDDED))
     arrays["x_test"][5, 14, 14] ^= 1
     monkeypatch.setattr(data, "EMBEDDED", write_npz(tmp_path / "mnist.npz", arrays))
-    for load in (load_mnist, load_test_images):
-        with pytest.raises(InputError, match=r"mnist\.npz: x_test is not the MNIST array"):
-            load()
+    with pytest.raises(InputError, match=r"mnist\.npz: x_test is not the MNIST array"):
+        load_mnist()
     monkeypatch.setattr(data, "EMBEDDED", tmp_path / "stored.npz")
     with pytest.raises(InputError, match=r"stored\.npz: x_train cannot be read"):
         load_mnist()
@@ -84,8 +81,9 @@ def test_the_small_set_is_a_part_of_mnist_with_as_many_of_each_digit_whatever_th
     (few, _), (x_test_again, _) = load_mnist("mnist-small", train_samples=50, seed=5)
     assert {image.tobytes() for image in few} <= {image.tobytes() for image in x_train}
     np.testing.assert_array_equal(x_test_again, x_test)
-    with pytest.raises(InputError, match="from 1 to 6000"):
-        load_mnist("mnist-small", train_samples=6001)
+    for samples in (0, 6001):
+        with pytest.raises(InputError, match=rf"train_samples is {samples}; .* 1 to 6000\."):
+            load_mnist("mnist-small", train_samples=samples)
 
 
 READABLE = {
@@ -164,18 +162,12 @@ def test_all_faults_are_named_at_once_and_what_is_said_to_mend_them_does(small_a
 
 def test_a_file_that_is_no_npz_is_named(tmp_path, small_mnist):
     content = bytearray(small_mnist.read_bytes())
-    (tmp_path / "truncated.npz").write_bytes(content[:20000])
     content[20000] ^= 0xFF
     (tmp_path / "damaged.npz").write_bytes(content)
-    (tmp_path / "text.npz").write_text("not an archive")
-    (tmp_path / "empty.npz").touch()
     np.save(tmp_path / "array.npy", np.zeros(3))
-    with zipfile.ZipFile(tmp_path / "text_inside.npz", "w") as file:
-        for name in data.SHA256:
-            file.writestr(f"{name}.npy", "text")
     os.mkfifo(tmp_path / "pipe.npz")  # nobody writes to it: whoever opens it waits for ever
-    for path in [*tmp_path.iterdir(), tmp_path, tmp_path / "missing.npz"]:
-        refused(path)
+    for path in [tmp_path / "array.npy", tmp_path / "pipe.npz", tmp_path, tmp_path / "missing.npz"]:
+        refused(path)  # whatever else a file may hold: test_fuzz.py
     assert "x_train cannot be read (damaged or truncated)." in refused(tmp_path / "damaged.npz")
 
 
@@ -208,12 +200,6 @@ def test_the_seed_chooses_the_subset(mnist):
     assert first == same != other
 
 
-@pytest.mark.parametrize("samples", [0, 60_001])
-def test_train_samples_out_of_range_are_refused(samples):
-    with pytest.raises(InputError, match=rf"train_samples is {samples}; .* 1 to 60000"):
-        load_mnist(train_samples=samples)
-
-
 def test_what_is_kept_back_to_validate_must_not_be_all_of_one_digit(mnist, tmp_path):
     (x, y), (x_test, y_test) = mnist
     order = np.argsort(y[:1200], kind="stable")
@@ -223,13 +209,6 @@ def test_what_is_kept_back_to_validate_must_not_be_all_of_one_digit(mnist, tmp_p
     with pytest.raises(InputError, match=r"^dataset is .*sorted.npz'; .* last 10, .* the digit 9"):
         prepare_data(check_parameters("d", given))
     prepare_data(check_parameters("a1", given))  # which keeps none back
-
-
-def test_images_are_prepared_with_a_last_channel_axis(mnist):
-    images = prepare_images(mnist[0][0][:3])
-    assert (images.shape, images.dtype) == ((3, 28, 28, 1), np.float32)
-    assert (images.min(), images.max()) == (0, 1)
-    np.testing.assert_array_equal(np.squeeze(images) * 255, mnist[0][0][:3])
 
 
 def _orders(batches, epochs=2):

@@ -36,9 +36,10 @@ def models() -> dict:
     return found
 
 
-def encode(picture: np.ndarray, kind: str, **options) -> bytes:
+def encode(picture: np.ndarray | Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, kind, **options)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -220,13 +221,6 @@ def test_specks_and_a_dark_table_are_no_digits():
     assert likeness(found, expected[0]) > 0.9
 
 
-def test_colours_that_cannot_be_made_grey_are_refused_in_one_sentence():
-    picture = io.BytesIO()
-    Image.new("LAB", (40, 40)).save(picture, "TIFF")
-    with pytest.raises(InputError, match=r"^The picture cannot be read .*; it must be an image"):
-        read_picture(picture.getvalue())
-
-
 def test_every_kind_of_picture_that_pillow_opens_is_read(tmp_path):
     x, _ = mnist_test()
     picture = photograph(x[0], 4)
@@ -236,14 +230,11 @@ def test_every_kind_of_picture_that_pillow_opens_is_read(tmp_path):
     image.save(path)
     colour = np.stack([picture] * 3, axis=2)
     opaque = np.dstack([colour, np.full_like(picture, 255)])
-    gif = io.BytesIO()
-    image.save(gif, "GIF", save_all=True, append_images=[image.rotate(90)])
+    gif = encode(image, "GIF", save_all=True, append_images=[image.rotate(90)])
     wide = encode(picture.astype(np.uint16) * 257, "PNG")
     given = [path, str(path), colour, opaque, picture / 255, picture[..., None]]
-    given += [encode(picture, "BMP"), encode(opaque, "WEBP"), gif.getvalue(), wide]
-    palette = io.BytesIO()
-    image.convert("P").save(palette, "PNG")
-    for one in [*given, palette.getvalue()]:
+    given += [encode(picture, "BMP"), encode(opaque, "WEBP"), gif, wide]
+    for one in [*given, encode(image.convert("P"), "PNG")]:
         found, _ = read_picture(one)
         assert len(found) == 1
         assert likeness(found[0], expected[0]) > 0.95
@@ -269,37 +260,25 @@ def no_pictures():
     rng = np.random.default_rng(0)
     empty = np.clip(rng.normal(200, 5, (600, 800)), 0, 255).astype(np.uint8)
     lit = (np.linspace(120, 240, 800) * np.ones((600, 1))).astype(np.uint8)
-    yield from (
-        empty,
-        lit,
-        255 - lit,
-        np.full((50, 50), 7, np.uint8),
-        np.zeros((9, 9, 4), np.uint8),
-    )
-    yield from (
-        np.zeros((0, 5), np.uint8),
-        np.zeros(4),
-        np.full((40, 40), np.nan),
-        np.zeros((9, 9, 7)),
-    )
-    yield from (b"", b"no picture", "no-such-file.png", ".", encode(empty, "PNG")[:5000], None, 7)
+    yield from (empty, lit, 255 - lit, np.full((50, 50), 7, np.uint8), np.zeros((9, 9, 7)))
+    yield from (np.zeros(s, np.uint8) for s in ((9, 9, 4), (0, 5)))
+    yield from (np.zeros(4), np.full((40, 40), np.nan), encode(empty, "PNG")[:5000], None, 7)
+    yield from (b"", b"no picture", "no-such-file.png", ".")
+    yield encode(Image.new("LAB", (40, 40)), "TIFF")  # colours that Pillow cannot make grey
 
 
-@pytest.mark.parametrize("picture", list(no_pictures()), ids=range(16))
+@pytest.mark.parametrize("picture", list(no_pictures()), ids=range(17))
 def test_what_is_no_picture_of_digits_is_refused_in_one_sentence(picture):
     with pytest.raises(InputError, match=r"^The picture.*\.$"):
         read_picture(picture)
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded():
-    file = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(file, "PNG")
-    large = io.BytesIO()
-    Image.new("1", (9_000, 9_000)).save(large, "PNG")
+    pictures = [encode(Image.new("1", (side, side)), "PNG") for side in (20_000, 9_000)]
     tracemalloc.start()
-    for picture in (file, large):
+    for picture in pictures:
         with pytest.raises(InputError, match="too large"):
-            read_picture(picture.getvalue())
+            read_picture(picture)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
@@ -307,9 +286,7 @@ def test_a_huge_picture_is_refused_before_it_is_decoded():
 def test_a_large_jpeg_is_decoded_small():
     x, _ = mnist_test()
     picture = Image.fromarray(photograph(x[0], 5)).resize((9000, 8000))
-    file = io.BytesIO()
-    picture.save(file, "JPEG")
-    found, boxes = read_picture(file.getvalue())
+    found, boxes = read_picture(encode(picture, "JPEG"))
     assert len(found) == 1 and boxes.max() > 1600
 
 

@@ -14,7 +14,6 @@ holds of the other model stays.
 import argparse
 import io
 import json
-import os
 import re
 import sys
 from copy import deepcopy
@@ -27,7 +26,7 @@ from nbformat import NotebookNode
 from mnist_utils.__main__ import parse_seeds
 from mnist_utils.data import load_mnist
 from mnist_utils.headless import Task, read_defaults, read_notebook, run_tasks
-from mnist_utils.parameters import CODE_VARIABLE, SETTINGS, check_parameters
+from mnist_utils.parameters import SETTINGS, check_parameters
 from mnist_utils.runs import code_sha256, load_record, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +104,6 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=[*STEPS], choices=STEPS)
     parser.add_argument("--seeds", default="0-4")
     given = parser.parse_args()
-    os.environ[CODE_VARIABLE] = ""  # the folders are those of headless runs
     # Seed by seed, so that a slow spell of the machine falls on every row alike.
     tasks = [task for seed in parse_seeds(given.seeds) for task in make[given.what](seed)]
     tasks = [task for task in tasks if task.setting in given.models]
@@ -168,7 +166,7 @@ def make_task(
     given = {**given, "seed": seed, "dataset": str(split), "results_dir": str(folder)}
     given["keep_model"] = False
     defaults = read_defaults(notebook, SETTINGS[model].notebook)
-    parameters = check_parameters(model, {**defaults, **given})
+    parameters = check_parameters(model, {**defaults, **given}, headless=True)
     return Task(f"{model}: {name} seed {seed}", model, notebook, given, parameters)
 
 

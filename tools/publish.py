@@ -23,7 +23,6 @@ import nbformat
 import pandas as pd
 import papermill
 from nbformat import NotebookNode
-from prettytable import PrettyTable
 
 from mnist_utils.comparison import reference_rows, results_table
 from mnist_utils.parameters import CODE_VARIABLE, RESULTS_VARIABLE, SETTINGS
@@ -35,7 +34,7 @@ BEGIN, END = "<!-- table: written by tools/publish.py -->\n", "<!-- end -->"
 MOST_BFLOAT16 = ("a1", "a2", "d")  # which the study compares
 
 sys.path.append(str(ROOT / "benchmarks"))
-from measure import training_seconds  # noqa: E402
+from measure import markdown, training_seconds  # noqa: E402
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def publish_run(run: Any) -> None:
     if with_model:
         shutil.copy(run.path / MODEL_FILE, RESULTS / place)
         executed = read(run.path / "executed.ipynb")
-        if not any("injected-parameters" in tags(cell) for cell in executed.cells):
+        if not papermill.utils.any_tagged_cell(executed, "injected-parameters"):
             take_outputs(notebook.cells, executed.cells)
             write(notebook, path)
     else:
@@ -127,22 +126,11 @@ def readme_table() -> str:
     times = training_seconds()
     cells = [f"{times[s]:,.0f} s" if s in times else "not measured yet" for s in SETTINGS]
     table.add_column("time on two cores", cells)
-    return markdown(table)
-
-
-def markdown(table: PrettyTable) -> str:
-    """Return a table in Markdown, its first column to the left and the others to the right."""
-    rules = ["---", *["---:"] * (len(table.field_names) - 1)]
-    rows = [table.field_names, rules, *table.rows]
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    return markdown([table.field_names, *table.rows]) + "\n"
 
 
 def notebook_of(setting: str) -> Path:
     return ROOT / f"notebooks/{SETTINGS[setting].notebook}.ipynb"
-
-
-def tags(cell: NotebookNode) -> list[str]:
-    return cell.metadata.get("tags", [])
 
 
 def read(path: Path) -> NotebookNode:

@@ -1,19 +1,18 @@
 """Digits drawn with the mouse in a real JupyterLab: make test-browser."""
 
+import json
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from test_jupyterlab import (  # noqa: F401 (server and page are fixtures)
     cell_index,
-    cell_outputs,
     open_notebook,
     page,
-    run_all,
+    run_without_fault,
     server,
     show_cell,
     take_pictures,
-    wait_until_done,
 )
 
 pytestmark = pytest.mark.browser
@@ -74,10 +73,10 @@ def wait_for(page, expected: str) -> None:  # noqa: F811
 
 def test_the_models_answer_what_is_drawn(page, server, project):  # noqa: F811
     open_notebook(page, server, NAME)
-    run_all(page)
-    wait_until_done(page)
-    outputs = cell_outputs(page)
-    assert not [o for cell in outputs for o in cell if o["output_type"] == "error"]
+    outputs = run_without_fault(page)
+    for text in ("read_picture(picture", "show_digits(images", "steps(photo)"):
+        assert "image/png" in json.dumps(outputs[cell_index(project, NAME, text)])
+    assert "The models disagree on:" in json.dumps(outputs)
     drawing = cell_index(project, NAME, "draw(models)")
     assert "image/png" not in outputs[drawing][0]["data"]  # the canvas, not its picture
     show_cell(page, drawing)

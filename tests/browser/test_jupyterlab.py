@@ -214,14 +214,6 @@ def test_make_jupyter_opens_at_the_notebooks_and_links_lead_out_of_their_folder(
     urllib.request.urlopen(f"{server}api/contents/mnist_utils/runs.py?token=test").close()
 
 
-def test_a_readers_digits_are_shown_and_answered(page, server, project):
-    open_notebook(page, server, "7_your_digits")
-    outputs = run_without_fault(page)
-    for text in ("read_picture(picture", "show_digits(images", "steps(photo)"):
-        assert "image/png" in json.dumps(outputs[cell_index(project, "7_your_digits", text)])
-    assert "The models disagree on:" in json.dumps(outputs)
-
-
 def test_the_comparison_shows_tables_and_figures(page, server, project):
     open_notebook(page, server, "8_comparison")
     outputs = run_without_fault(page)

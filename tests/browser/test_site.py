@@ -7,7 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, run_python
 from playwright.sync_api import sync_playwright
 from test_jupyterlab import CHROMIUM_OPTIONS, SCREENSHOTS, find_chromium
 
@@ -91,8 +91,7 @@ def test_what_is_none_of_the_notebooks_is_named_and_left_out(tmp_path):
     shutil.copy(ROOT / "notebooks/2_model_a2.ipynb", tmp_path / "notebooks/Untitled.ipynb")
     (tmp_path / "notebooks/9_empty.ipynb").touch()
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    command = python("tools/write_html.py")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_python("tools/write_html.py", cwd=tmp_path, check=True)
     assert "notebooks/Untitled.ipynb: left out" in done.stdout
     assert "notebooks/9_empty.ipynb: left out" in done.stdout
     pages = sorted(path.name for path in tmp_path.glob("site/notebooks/*"))
@@ -101,7 +100,7 @@ def test_what_is_none_of_the_notebooks_is_named_and_left_out(tmp_path):
     # A site that cannot be written whole leaves the older one as it is.
     readme = tmp_path / "README.md"
     readme.write_text(readme.read_text(encoding="utf-8").replace("training.png", "missing.png"))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_python("tools/write_html.py", cwd=tmp_path)
     assert done.returncode == 1
     assert "missing.png" in done.stderr
     assert (tmp_path / "site/notebooks/1_model_a1.html").exists()
