@@ -136,14 +136,22 @@ def summary_table(runs: pd.DataFrame) -> PrettyTable:
 
 
 def reported_table(runs: pd.DataFrame) -> PrettyTable:
-    """Return the figures that the original reports beside the means of the reference runs."""
+    """Return the figures that the original reports beside the means of the reference runs.
+
+    The last column is the 95 % prediction interval of one more run's accuracy, by Student's t.
+    """
+    from scipy import special  # slow to import, and no model's notebook needs it
+
     names = ["loss, original", "loss, here", "accuracy (%), original", "accuracy (%), here"]
-    table, found = PrettyTable(["Model", *names]), _of_settings(runs)
+    table, found = PrettyTable(["Model", *names, "one more run, 95 %"]), _of_settings(runs)
     for setting, (loss, accuracy) in ORIGINAL.items():
-        row = found[setting]
-        here = (f"{row.loss:.4f}", _accuracy(row)) if row else (NOT_RUN, NOT_RUN)
+        row, here = found[setting], [NOT_RUN] * 3
+        if row:
+            half = special.stdtrit(row.n - 1, 0.975) * row.sd * np.sqrt(1 + 1 / row.n)
+            more = f"{row.accuracy:.2f} ± {half:.2f}" if row.n > 1 else "-"
+            here = [f"{row.loss:.4f}", _accuracy(row), more]
         title = SETTINGS[setting].title
-        table.add_row([title, f"{loss:.4f}", here[0], f"{accuracy:.2f}", here[1]])
+        table.add_row([title, f"{loss:.4f}", here[0], f"{accuracy:.2f}", *here[1:]])
     return table
 
 
@@ -164,8 +172,10 @@ def show_learning(runs: pd.DataFrame) -> None:
             ax.plot(epochs, errors, style, marker=".", color=COLOURS[setting])
             points += zip(epochs, errors, errors, strict=True)
             names.append((epochs[-1], errors[-1], title, COLOURS[setting]))
-        ax.set_xlim(0.7, 1.25 * max((x for x, *_ in points), default=8))
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        last = max((x for x, *_ in points), default=8)
+        ax.set_xlim(0.7, 1.25 * last)  # leaves room for the names
+        ticks = MaxNLocator(10, integer=True).tick_values(1, last)
+        ax.set_xticks([tick for tick in ticks if 1 <= tick <= last])
         ax.set(xlabel="epoch", ylabel="validation error (%)", yscale="log")
         _finish(ax, ax.yaxis, names, points, sides=(8,))
         show(fig, "Validation error of each model over the epochs")
@@ -207,7 +217,7 @@ def _finish(ax: Any, log_axis: Any, names: list, points: list, sides: Iterable[i
 
     A name is (x, y, text, colour), a point (x, lowest y, highest y); ``sides`` are steps from x.
     """
-    log_axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    log_axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     log_axis.set_major_formatter("{x:g}")
     log_axis.set_minor_locator(NullLocator())
     ax.grid(visible=True)
@@ -270,6 +280,9 @@ def show_most_missed(answers: Answers, images: np.ndarray) -> None:
         lines = [f"{guess} ×{count}" for guess, count in wrong.most_common()]
         titles.append("\n".join([f"is {labels[i]}", *lines]))
     print(f"How many of the {len(firsts)} models miss each of these:", *misses[most])
+    alike = (misses == misses[most[-1]]).sum() - (misses[most] == misses[most[-1]]).sum()
+    if alike:
+        print(f"{alike} more are missed by {misses[most[-1]]}.")
     alt = "The test digits that most models miss: " + "; ".join(titles).replace("\n", ", ")
     show_digits(images[most], titles, alt)
 

@@ -184,7 +184,9 @@ def test_the_results_show_mean_deviation_n_and_cost(results, monkeypatch):
     cost = f"{3 * 10**6 * 2350 * 256 / 1e12:.2f}"
     assert cells(results_table(runs)) == ["100", cost, "98.00 ± 1.00 (3)", "0.0200"]
     assert cells(results_table(runs), "CNN A.2") == ["100", "-", "99.00 (1)", "0.0100"]
-    assert cells(reported_table(runs)) == ["0.0433", "0.0200", "98.94", "98.00 ± 1.00"]
+    reported = ["0.0433", "0.0200", "98.94", "98.00 ± 1.00", "98.00 ± 4.97"]
+    assert cells(reported_table(runs)) == reported
+    assert cells(reported_table(runs), "CNN A.2")[-2:] == ["99.00", "-"]
     shown = []
     monkeypatch.setattr(comparison, "reference_folder", lambda: results.folder)
     monkeypatch.setattr(comparison, "display", shown.append)
@@ -203,6 +205,9 @@ def test_the_most_missed_digits_are_those_that_most_models_miss(results, monkeyp
     ((pictures, titles, _),) = shown
     assert titles == ["is 7\n8 ×3", "is 5\n6 ×2", "is 3\n4 ×1"]
     assert (pictures == images[[7, 5, 3]]).all()
+    results.add("d", 0, range(20, 32))
+    show_most_missed(read_answers(reference_rows(results.load())), images)
+    assert capsys.readouterr().out.endswith(": 3 2 1 1 1 1 1 1 1 1\n5 more are missed by 1.\n")
 
 
 SHORT = {name: np.zeros(5, np.uint8) for name in ("labels", "predicted")}
