@@ -363,7 +363,7 @@ def show_answers(image: np.ndarray, models: Mapping[str, "keras.Model"]) -> None
         axes[0].set_title("what they see", fontsize=9)
         for ax, (name, model) in zip(axes[1:], models.items(), strict=True):
             ax.bar(range(10), predict(model, image[None])[0], color=GREY)
-            ax.set(ylim=(0, 1), yticks=(), xticks=range(10))
+            ax.set(ylim=(0, 1), yticks=(0, 1) if ax is axes[1] else (), xticks=range(10))
             ax.set_title(name, fontsize=9)
             ax.tick_params(labelsize=7, length=0)
         show(fig, "A digit, and each model's probabilities")
