@@ -21,7 +21,7 @@ from pygments.formatters import HtmlFormatter
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "site"
 DOCUMENTS = ("docs/method.md", "docs/cluster.md", "benchmarks/README.md", "CONTRIBUTING.md")
-BADGE = re.compile(r"^\[!\[.*\n\n?", re.MULTILINE)  # its picture would come from the network
+BADGE = re.compile(r"^\[!(\[.*\])\(.*?\)\]", re.MULTILINE)  # its picture is on the network
 LINK = re.compile(r'\b(href|src)="([^":#]+)(#[^"]*)?"')  # to a file of the checkout
 
 PAGE = """<!DOCTYPE html>
@@ -63,11 +63,13 @@ pre, code { font: 13px/1.45 ui-monospace, monospace; }
 pre { margin: 0; overflow-x: auto; }
 .highlight, .rendered_html > pre { padding: 0.6rem 0.8rem; margin: 0.75rem 0;
   background: var(--code); border: 1px solid var(--line); border-radius: 6px; }
+.output .rendered_html > pre { padding: 0; margin: 0; background: none; border: 0; }
 .output_subarea { margin: 0.5rem 0; overflow-x: auto; }
 img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+td[style*=right] { white-space: nowrap; }
 """
 
 
@@ -115,7 +117,7 @@ def read_pages() -> Iterator[Page]:
 
 
 def read(path: Path) -> NotebookNode:
-    """Return a notebook without badge and folded cells; Markdown becomes a notebook of one cell."""
+    """Return a notebook without folded cells and the badge's picture; Markdown becomes a cell."""
     if path.suffix == ".md":
         text = path.read_text(encoding="utf-8")
         return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
@@ -124,7 +126,7 @@ def read(path: Path) -> NotebookNode:
         raise ValueError("it has no cells")
     folded = [cell.metadata.get("jupyter", {}).get("source_hidden") for cell in notebook.cells]
     notebook.cells = [cell for cell, away in zip(notebook.cells, folded, strict=True) if not away]
-    notebook.cells[0].source = BADGE.sub("", notebook.cells[0].source)
+    notebook.cells[0].source = BADGE.sub(r"\1", notebook.cells[0].source)
     return notebook
 
 
