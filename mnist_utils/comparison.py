@@ -282,7 +282,7 @@ def show_most_missed(answers: Answers, images: np.ndarray) -> None:
     print(f"How many of the {len(firsts)} models miss each of these:", *misses[most])
     alike = (misses == misses[most[-1]]).sum() - (misses[most] == misses[most[-1]]).sum()
     if alike:
-        print(f"{alike} more are missed by {misses[most[-1]]}.")
+        print(f"As many models miss {alike} more.")
     alt = "The test digits that most models miss: " + "; ".join(titles).replace("\n", ", ")
     show_digits(images[most], titles, alt)
 

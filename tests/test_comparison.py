@@ -207,7 +207,7 @@ def test_the_most_missed_digits_are_those_that_most_models_miss(results, monkeyp
     assert (pictures == images[[7, 5, 3]]).all()
     results.add("d", 0, range(20, 32))
     show_most_missed(read_answers(reference_rows(results.load())), images)
-    assert capsys.readouterr().out.endswith(": 3 2 1 1 1 1 1 1 1 1\n5 more are missed by 1.\n")
+    assert capsys.readouterr().out.endswith(": 3 2 1 1 1 1 1 1 1 1\nAs many models miss 5 more.\n")
 
 
 SHORT = {name: np.zeros(5, np.uint8) for name in ("labels", "predicted")}
