@@ -280,9 +280,9 @@ def show_most_missed(answers: Answers, images: np.ndarray) -> None:
         lines = [f"{guess} ×{count}" for guess, count in wrong.most_common()]
         titles.append("\n".join([f"is {labels[i]}", *lines]))
     print(f"How many of the {len(firsts)} models miss each of these:", *misses[most])
-    alike = (misses == misses[most[-1]]).sum() - (misses[most] == misses[most[-1]]).sum()
-    if alike:
-        print(f"As many models miss {alike} more.")
+    left_out = (misses == misses[most[-1]]).sum() - (misses[most] == misses[most[-1]]).sum()
+    if left_out:
+        print(f"As many models miss {left_out} more.")
     alt = "The test digits that most models miss: " + "; ".join(titles).replace("\n", ", ")
     show_digits(images[most], titles, alt)
 
