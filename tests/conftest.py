@@ -56,6 +56,13 @@ def execute(name: str, output: Path, **parameters):
     )
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seed what is random: TensorFlow asks for it in a process where any test set up a run."""
+    if keras := sys.modules.get("keras"):
+        keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(scope="session")
 def mnist():
     return load_mnist()
