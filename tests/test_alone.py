@@ -22,7 +22,6 @@ from conftest import (
 )
 from packaging.requirements import Requirement
 
-from mnist_utils import runs, training
 from mnist_utils.runs import code_sha256, load_runs
 
 # Preinstalled in Colab on 2026-08-19, says pip-freeze.txt of googlecolab/backend-info; the last
@@ -134,60 +133,3 @@ def test_make_links_refuses_a_name_that_is_none():
     done = run_python(ROOT / "tools/links.py", "digits")
     assert done.returncode == 1
     assert done.stderr == "REPO is 'digits'; it must be owner/name, as on GitHub.\n"
-
-
-def test_mixed_float16_trains_with_a_scaled_loss(small_arrays, monkeypatch, request, capsys):
-    # There is no GPU in the tests: only what a CPU can do in the same way is tested.
-    monkeypatch.setattr(training, "GPUS", ["pretended"])
-    keras = training.keras
-    request.addfinalizer(lambda: keras.config.set_dtype_policy("float32"))
-    training.set_up(0, "mixed_float16")
-    assert capsys.readouterr().out == "Training on a GPU, precision mixed_float16, seed 0.\n"
-    layers = keras.layers
-    middle = [layers.Conv2D(4, 3, activation="relu"), layers.Flatten()]
-    last = layers.Dense(10, activation="softmax", dtype="float32")
-    model = keras.Sequential([keras.Input((28, 28, 1)), *middle, last])
-    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
-    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    images = training.prepare_images(small_arrays["x_train"])
-    labels = keras.utils.to_categorical(small_arrays["y_train"], 10)
-    batches = training.make_batches(images, labels, 64, shuffle_seed=0)
-    history = model.fit(batches, epochs=3, verbose=0, shuffle=False).history
-    assert history["loss"][-1] < history["loss"][0]
-    assert model.predict(images[:2], verbose=0).dtype == "float32"
-
-
-@pytest.mark.parametrize("given", ["1", "0"])
-def test_onednns_kernels_are_asked_for_unless_a_reader_set_it(given, monkeypatch):
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
-    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS") if given == "1" else None
-    script = "import os, mnist_utils.training; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
-    done = run_python("-c", script, check=True)
-    assert done.stdout == f"{given}\n"
-
-
-def test_variables_that_change_numbers_are_recorded_but_never_a_path(monkeypatch):
-    for name in [name for name in os.environ if runs.LIBRARIES.match(name)]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")  # as always
-    assert runs.describe_environment()["variables"] == ""
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/somebody/dump")
-    monkeypatch.setenv("CUDA_PATH", r"C:\Users\somebody\cuda")
-    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
-    found = runs.describe_environment()
-    assert (
-        found["variables"] == "CUDA_PATH ONEDNN_MAX_CPU_ISA=AVX2 TF_ENABLE_ONEDNN_OPTS=0 XLA_FLAGS"
-    )
-    assert found["threads"] == 3
-    assert not {os.uname().nodename, os.environ.get("USER", "-")} & {*map(str, found.values())}
-
-
-def test_a_processor_is_told_by_its_generation_and_its_widest_vectors(monkeypatch):
-    text = "model name\t: X 9\ncpu family\t: 6\nmodel\t: 85\nflags\t: sse avx2 avx512f{}\n\n"
-    for more, expected in (("", "AVX-512"), (" avx512_bf16", "AVX-512 with bfloat16")):
-        monkeypatch.setattr(runs.Path, "read_text", lambda path, more=more: text.format(more))
-        assert runs.processor() == f"X 9, family 6 model 85, {expected}"
-    monkeypatch.setattr(runs.Path, "read_text", lambda path: exec("raise FileNotFoundError"))
-    assert runs.processor()

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tracemalloc
@@ -352,3 +353,30 @@ def test_a_model_is_loaded_or_refused_in_a_sentence(save, trained, tmp_path):
     save(keep_model=False)
     with pytest.raises(InputError, match="its model was not kept; remove the folder, and run it"):
         load_model(folder)
+
+
+def test_variables_that_change_numbers_are_recorded_but_never_a_path(monkeypatch):
+    for name in [name for name in os.environ if runs.LIBRARIES.match(name)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")  # as always
+    assert runs.describe_environment()["variables"] == ""
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/somebody/dump")
+    monkeypatch.setenv("CUDA_PATH", r"C:\Users\somebody\cuda")
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    found = runs.describe_environment()
+    assert (
+        found["variables"] == "CUDA_PATH ONEDNN_MAX_CPU_ISA=AVX2 TF_ENABLE_ONEDNN_OPTS=0 XLA_FLAGS"
+    )
+    assert found["threads"] == 3
+    assert not {os.uname().nodename, os.environ.get("USER", "-")} & {*map(str, found.values())}
+
+
+def test_a_processor_is_told_by_its_generation_and_its_widest_vectors(monkeypatch):
+    text = "model name\t: X 9\ncpu family\t: 6\nmodel\t: 85\nflags\t: sse avx2 avx512f{}\n\n"
+    for more, expected in (("", "AVX-512"), (" avx512_bf16", "AVX-512 with bfloat16")):
+        monkeypatch.setattr(runs.Path, "read_text", lambda path, more=more: text.format(more))
+        assert runs.processor() == f"X 9, family 6 model 85, {expected}"
+    monkeypatch.setattr(runs.Path, "read_text", lambda path: exec("raise FileNotFoundError"))
+    assert runs.processor()
