@@ -15,7 +15,7 @@ from prettytable import PrettyTable
 
 from mnist_utils.parameters import SETTINGS, InputError, images_trained_on
 from mnist_utils.plotting import GREY, figure, show, show_digits
-from mnist_utils.runs import load_record, load_runs, read_predictions
+from mnist_utils.runs import RECORD_FILE, load_record, load_runs, read_predictions
 
 # Test loss and test accuracy that the original reports; its run of C had a first layer of 7x7.
 ORIGINAL = {"a1": (0.0433, 98.94), "a2": (0.0512, 98.53), "b": (0.0154, 99.51)}
@@ -38,7 +38,8 @@ def reference_folder() -> Path:
 def reference_rows(runs: pd.DataFrame, own: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the headless runs that differ from the reference in nothing but the seed, by seed.
 
-    Where a setting has none in ``runs``, a reader's ``own`` stand in, with titles that say so.
+    Where a setting has none in ``runs``, a reader's ``own`` stand in, with titles that say so:
+    those of the code that ran last.
     """
     epochs = runs["setting"].map(EPOCHS)
     alike = (runs["epochs"] == epochs) & (runs["trained_epochs"] == epochs)
@@ -50,6 +51,9 @@ def reference_rows(runs: pd.DataFrame, own: pd.DataFrame | None = None) -> pd.Da
         return rows
     mine = reference_rows(own)
     mine = mine[~mine["setting"].isin(rows["setting"])]
+    written = mine["path"].map(lambda folder: (folder / RECORD_FILE).stat().st_mtime_ns)
+    newest = mine.loc[written.sort_values().index].groupby("setting")["code_sha256"].last()
+    mine = mine[mine["code_sha256"] == mine["setting"].map(newest)]
     return pd.concat([rows, mine.assign(title=mine["title"] + ", yours")]) if len(mine) else rows
 
 
@@ -241,9 +245,12 @@ def _finish(ax: Any, log_axis: Any, names: list, points: list, sides: Iterable[i
 def read_answers(references: pd.DataFrame) -> Answers:
     """Return the true digits (n,), and what the runs of each setting took them for (runs, n).
 
-    Runs whose predictions are damaged are named and left out.
+    Runs whose predictions are damaged are named and left out, and so is what is beyond the first
+    MOST_SEEDS runs of a setting.
     """
     found = []
+    if references["setting"].value_counts().gt(MOST_SEEDS).any():
+        print(f"Of each model the first {MOST_SEEDS} runs count here.")
     for row in references.groupby("setting").head(MOST_SEEDS).itertuples():
         try:
             arrays = read_predictions(row.path)
@@ -366,13 +373,17 @@ def _own_groups(own: pd.DataFrame, references: pd.DataFrame) -> pd.DataFrame:
     """Return the means of own runs that differ in the seed alone, each model's best first.
 
     By which code a run was made by hand is not known: each is a group of its own. ``rank`` is the
-    group's place among those of its title.
+    group's place among those of its title, which says where layers or code are not those of the
+    references.
     """
-    known = references.groupby("setting")["digest"].agg(set).to_dict()
-    pairs = zip(own["setting"], own["digest"], strict=True)
-    changed = [", changed" if digest not in known.get(s, {digest}) else "" for s, digest in pairs]
+    changed = np.zeros(len(own), bool)
+    for name in ("digest", "code_sha256"):  # the latter is not known of a run by hand
+        known = references.groupby("setting")[name].agg(set).to_dict()
+        pairs = zip(own["setting"], own[name], strict=True)
+        other = [not pd.isna(one) and one not in known.get(s, {one}) for s, one in pairs]
+        changed |= np.array(other, bool)
     code = own["code_sha256"].where(~own["by_hand"].astype(bool), own["path"].map(str))
-    title = own["title"] + pd.Series(changed, own.index, dtype=str)
+    title = own["title"].where(~changed, own["title"] + ", changed")
     own = own.assign(title=title, code_sha256=code)
     keys = ["setting", "digest", "code_sha256", "by_hand", "epochs", "trained_epochs", *REFERENCE]
     groups = _means(own, keys)

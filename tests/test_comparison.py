@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 
@@ -175,6 +176,14 @@ def test_a_readers_own_stand_in_where_the_collection_has_none_and_only_there(res
     table = results_table(reference_rows(results.load(), own.load()))
     assert "99.00 (1)" in cells(table)
     assert "97.00 (1)" in cells(table, "CNN B, yours")
+
+
+def test_what_older_code_left_does_not_stand_in_beside_what_ran_last(results, own):
+    for seed, code in enumerate(("old", "new", "old")):
+        record = own.add("b", seed, range(10 * seed), code_sha256=code) / "metrics.json"
+        os.utime(record, (0, 100 if code == "new" else seed))
+    table = results_table(reference_rows(results.load(), own.load()))
+    assert "99.00 (1)" in cells(table, "CNN B, yours")
 
 
 def test_the_results_show_mean_deviation_n_and_cost(results, monkeypatch):
@@ -366,8 +375,8 @@ def test_a_readers_own_runs_stand_in_rows_of_equals_beside_the_reference(results
     rows = [[row[0], row[1], *row[3:5]] for row in table.rows]
     assert rows == [
         ["CNN A.1", "", "98.50 ± 0.71 (2)", "99.40 ± 0.14"],
-        ["CNN A.1", "seed 2", "97.00", "99.40 ± 0.14"],
         ["CNN A.1", "stopped after 3, seed 4", "95.00", "99.40 ± 0.14"],
+        ["CNN A.1, changed", "seed 2", "97.00", "99.40 ± 0.14"],
         ["CNN A.1, changed", "by hand, seed 3", "96.00", "99.40 ± 0.14"],
         ["CNN A.1, changed", "by hand, seed 5", "93.00", "99.40 ± 0.14"],
         ["CNN A.2", "batch_size 64, train_samples 1000, epochs 2, seed 5", "94.00", "-"],
