@@ -105,7 +105,9 @@ def make_tasks(settings: list[str], values: dict[str, list[Any]]) -> list[Task]:
     values = {"seed": values.get("seed", [0]), **values}
     shown = [name for name in values if len(values[name]) > 1 and name != "seed"]
     order = sorted(set(settings), key=[*COSTS, *settings].index)
-    order.insert(1, order.pop())  # begun last, it would run alone, beside idle cores
+    largest = max(order, key=lambda setting: COSTS.get(setting, 0))
+    order.remove(largest)
+    order.insert(1, largest)  # begun last, it would run alone, beside idle cores
     tasks = [
         make_task(setting, notebooks[setting], dict(zip(values, chosen, strict=True)), shown)
         for chosen in itertools.product(*values.values())
@@ -368,15 +370,19 @@ def run_tasks(
     if not wanted:
         return []
     own = {task.parameters.dataset for task in wanted} - set(names.EMBEDDED)
-    images = {dataset: len(load_mnist(str(names.dataset_path(dataset)))[0][0]) for dataset in own}
+    paths = {dataset: str(names.dataset_path(dataset).resolve()) for dataset in own}
+    images = {dataset: len(load_mnist(paths[dataset])[0][0]) for dataset in own}
     for task in wanted:
         names.check_counts(task.parameters, images.get(task.parameters.dataset))
     # Several runs side by side get more done than one with all cores; a GPU is for one alone.
     gpu = any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")))
-    workers = min(len(wanted), workers or (1 if gpu else CPU_COUNT))
+    sharing = workers or min(len(tasks), 1 if gpu else CPU_COUNT)
+    # Of all tasks, not of those still to be run: threads change numbers, as another seed does.
+    threads = max(1, CPU_COUNT // sharing)
+    workers = min(len(wanted), sharing)
     with open_client(scheduler, workers) as client:
         try:
-            return _Runner(client, wanted, None if scheduler else workers).run()
+            return _Runner(client, wanted, None if scheduler else workers, threads).run()
         except (CancelledError, OSError) as error:  # the latter includes CommClosedError
             raise InputError(
                 f"The connection to the scheduler was lost ({first_line(error)}). What is recorded "
@@ -387,9 +393,12 @@ def run_tasks(
 class _Runner:
     """Hands the tasks out, one a worker, and writes each run as it comes back."""
 
-    def __init__(self, client: Client, tasks: list[Task], workers: int | None):
-        """``workers`` is the size of the cluster on this machine, None for any other cluster."""
-        self.client, self.workers = client, workers
+    def __init__(self, client: Client, tasks: list[Task], workers: int | None, threads: int):
+        """``workers`` is the size of the cluster on this machine, None for any other cluster.
+
+        ``threads`` are those of each run on this machine.
+        """
+        self.client, self.workers, self.threads = client, workers, threads
         self.waiting = {task.folder: task for task in tasks}
         self.running: dict[Any, tuple[Task, FileLock, float]] = {}
         self.failed: list[Task] = []
@@ -498,8 +507,7 @@ class _Runner:
         environment = {names.CODE_VARIABLE: code, names.RESULTS_VARIABLE: "runs"}
         data: Files | Future = {}
         if self.workers:
-            threads = str(max(1, CPU_COUNT // self.workers))
-            environment |= dict.fromkeys(THREADS, threads)
+            environment |= dict.fromkeys(THREADS, str(self.threads))
         if task.parameters.dataset not in names.EMBEDDED:
             path = names.dataset_path(task.parameters.dataset).resolve()
             environment[names.DATASET_VARIABLE] = str(path)
@@ -569,7 +577,7 @@ def send_files(client: Client, path: Path) -> Future:
     It is the result of a task: what a worker loses when it dies is made again, which Dask does
     not do for scattered data.
     """
-    files = sorted(path.glob("*idx*")) if path.is_dir() else [path]
+    files = names.idx_files(path) if path.is_dir() else [path]
     content = {f"data/{file.relative_to(path.parent)}": file.read_bytes() for file in files}
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
         return client.submit(dict, content, pure=False)

@@ -228,7 +228,7 @@ def dataset_name(dataset: str) -> str:
         return dataset
     path = dataset_path(dataset)
     try:
-        files = sorted(path.glob("*idx*")) if os.path.isdir(path) else [path]
+        files = idx_files(path) if os.path.isdir(path) else [path]
         if any(os.path.exists(file) and not os.path.isfile(file) for file in files):
             raise OSError(0, "not a file")  # a pipe would wait for ever
         stamps = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
@@ -240,6 +240,11 @@ def dataset_name(dataset: str) -> str:
         ) from None
     stem = re.sub(r"[^A-Za-z0-9_]+", "_", Path(dataset).stem)[:40]
     return f"{stem}-{digest[:8]}"
+
+
+def idx_files(folder: Path) -> list[Path]:
+    """Return what may be IDX files in a folder; some archives unpack into folders beside them."""
+    return sorted(path for path in folder.glob("*idx*") if not path.is_dir())
 
 
 @lru_cache  # a large file is read once for a thousand runs
@@ -257,7 +262,11 @@ def project_folder() -> Path:
 
 
 def results_folder(results_dir: str | None) -> Path:
-    """Return the folder that holds a reader's records: ``results_dir``, or the project's runs/."""
+    """Return the folder that holds a reader's records: ``results_dir``, or the project's runs/.
+
+    A relative one is that of the working folder, if it is there or begins with "..", else of the
+    project.
+    """
     if RESULTS_VARIABLE in os.environ:
         return Path(os.environ[RESULTS_VARIABLE])
     if results_dir is None:
@@ -266,9 +275,10 @@ def results_folder(results_dir: str | None) -> Path:
         folder = Path(results_dir).expanduser()
     except RuntimeError:  # "~nobody"
         raise refusal("results_dir", results_dir, ALLOWED["results_dir"]) from None
-    # An executed copy that is run again where it lies means the folder that it lies in.
-    around = project_folder() / folder
-    return around if around in Path.cwd().parents else folder
+    # In a checkout it counts from the root, wherever a notebook lies, so that all find the same.
+    here, root = Path.cwd(), project_folder()
+    inside = root in (here, *here.parents) and ".." not in folder.parts
+    return root / folder if inside and not os.path.isdir(folder) else folder
 
 
 def writable_folder(folder: Path) -> None:

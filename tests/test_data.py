@@ -12,7 +12,7 @@ from test_parameters import GOOD
 
 from mnist_utils import data
 from mnist_utils.data import IDX_FILES, balanced_subset, load_mnist
-from mnist_utils.parameters import InputError, check_parameters
+from mnist_utils.parameters import InputError, check_parameters, dataset_name
 from mnist_utils.training import make_batches, prepare_data
 
 
@@ -112,6 +112,8 @@ IDX_SPELLINGS = {
 @pytest.mark.parametrize("case", IDX_SPELLINGS)
 def test_a_folder_of_idx_files_is_read(case, small_arrays, tmp_path):
     folder = write_idx(tmp_path / "own", small_arrays, *IDX_SPELLINGS[case])
+    (folder / "t10k-images-idx3-ubyte unpacked").mkdir()  # as some archives unpack
+    assert dataset_name(str(folder)).startswith("own-")
     assert_loaded(folder, small_arrays)
     (path,) = folder.glob("train-labels*")
     path.write_bytes(idx(small_arrays["y_train"].astype(">i4"), kind=0x0C))

@@ -232,8 +232,10 @@ def test_failing_notebooks_are_named_and_the_others_go_on(checkout):
 def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, checkout):
     tiny = small_arrays | {name: small_arrays[name][:32] for name in ("x_train", "y_train")}
     (checkout / "broken.npz").write_text("no arrays")
+    shutil.copy(write_npz(checkout / "tiny.npz", tiny), "mnist-small")
     for path, message in (
-        (write_npz(checkout / "tiny.npz", tiny), "batch_size is 256; it must be"),
+        ("tiny.npz", "batch_size is 256; it must be"),
+        ("./mnist-small", "batch_size is 256; it must be"),  # not the embedded one
         (checkout / "broken.npz", "broken.npz"),
     ):
         done = run("a1", "a2", dataset=path)
@@ -273,6 +275,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(sent, code, checkout):
     done = run("d", "a1")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "2 runs, 1 recorded already.")
     assert recorded(checkout / "runs") == [("a1", 0), ("d", 0)]
+    # With as many threads as it would have had, though it ran alone.
+    assert set(load_runs(checkout / "runs")[0]["threads"]) == {max(1, headless.CPU_COUNT // 2)}
 
 
 def test_an_interruption_before_anything_runs_is_said_too(monkeypatch, capsys):
@@ -466,7 +470,9 @@ def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch)
     assert (tmp_path / "starts").read_text() == 6 * "."
 
 
-def test_small_tasks_come_first_but_the_largest_second_and_one_seed_before_the_next(tmp_path):
+def test_small_tasks_come_first_but_the_largest_second_and_one_seed_before_the_next(
+    tmp_path, monkeypatch
+):
     values = {"results_dir": [str(tmp_path)], "batch_size": [64, 256], "seed": [2, 0]}
     tasks = make_tasks(list(SETTINGS), values)
     assert len({task.folder for task in tasks}) == len(tasks) == 4 * len(SETTINGS)
@@ -474,6 +480,9 @@ def test_small_tasks_come_first_but_the_largest_second_and_one_seed_before_the_n
     assert [task.parameters.seed for task in tasks] == [2] * 14 + [0] * 14
     assert tasks[0].name == "d batch_size 64 seed 2"
     assert tasks[0].given == {"results_dir": str(tmp_path), "batch_size": 64, "seed": 2}
+    monkeypatch.delitem(headless.COSTS, "a2")  # as of a model that was added
+    tasks = make_tasks(list(SETTINGS), {"results_dir": [str(tmp_path)]})
+    assert [task.setting for task in tasks] == ["d", "b", "a1", "e", "c", "c7", "a2"]
 
 
 def test_values_of_another_setting_make_a_task_that_one_and_doubles_are_run_once(tmp_path):

@@ -146,6 +146,12 @@ def test_home_and_relative_places_are_understood(check, small_mnist, tmp_path, m
     monkeypatch.chdir(checkout / "runs/a2/one")
     assert check(results_dir="runs").run_folder().parents[1] == checkout / "runs"
     assert list(deep.iterdir()) == []
+    # From a notebook's folder it is the same one as from the root, unless it lies there already.
+    (checkout / "notebooks/here").mkdir()
+    monkeypatch.chdir(checkout / "notebooks")
+    for given, place in (("own", "own"), ("here", "notebooks/here"), ("../up", "up")):
+        folder = check(results_dir=given).run_folder().parents[1].resolve()
+        assert folder == checkout / place
     # Outside of any checkout it is the one that the helpers lie in.
     monkeypatch.chdir(home)
     assert (project_folder(), parameters.results_folder(None)) == (ROOT, ROOT / "runs")
