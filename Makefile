@@ -72,7 +72,7 @@ PAPERMILL := $(BIN)/python -m papermill --kernel python3 --log-level WARNING --n
 SMALL := -p epochs 1 -p batch_size 64 -p dataset mnist-small -p train_samples 640
 validate: setup
 	rm -rf runs/validate && mkdir -p runs/validate/notebooks runs/validate/none
-	printf '%s\n' notebooks/[1-6]_*.ipynb | xargs -P 2 -I % $(PAPERMILL) $(SMALL) \
+	printf '%s\n' notebooks/*_model_*.ipynb | xargs -P 2 -I % $(PAPERMILL) $(SMALL) \
 		-p results_dir $(call quoted,CURDIR)/runs/validate/runs % runs/validate/%
 	$(PAPERMILL) notebooks/7_your_digits.ipynb runs/validate/notebooks/7_your_digits.ipynb
 	$(NBVAL) --numprocesses 2 --dist loadfile --nbval-sanitize-with tests/nbval_sanitize.cfg \

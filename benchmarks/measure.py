@@ -83,7 +83,7 @@ def measure(models: list[str], rounds: int) -> None:
     """Measure the models in all ways and rounds; keep what is known of the others."""
     machine = describe_machine()
     data = json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else {}
-    if data.get("machine") != machine:
+    if models and data.get("machine") != machine:
         print("Another machine, or other versions, than those recorded: all is begun anew.")
         data = {"machine": machine, "macs": {}, "rounds": {}}
     fresh: dict[str, list] = {}
@@ -152,8 +152,8 @@ def report() -> None:
     """Write the tables into README.md, and the figure beside it."""
     data, times = json.loads(MEASUREMENTS.read_text()), json.loads(TIMES.read_text())
     rounds = {model: data["rounds"][model] for model in SETTINGS if model in data["rounds"]}
-    whole = [describe(times["machine"], len(times["rounds"])), times_table(times["rounds"])]
-    ways = [describe(data["machine"], max(map(len, rounds.values()))), table(rounds, data["macs"])]
+    whole = [describe(times["machine"], {len(times["rounds"])}), times_table(times["rounds"])]
+    ways = [describe(data["machine"], set(map(len, rounds.values()))), table(rounds, data["macs"])]
     for name, text in AROUND.items():
         if seconds := [row[name]["seconds"] for row in rounds.get("a1", []) if name in row]:
             ways.append(f"From its kernel's start, {text} takes {median(seconds):.1f} s.")
@@ -167,12 +167,13 @@ def report() -> None:
     draw(rounds)
 
 
-def describe(machine: dict[str, str | int], rounds: int) -> str:
-    """Return on what machine, with what versions and how often it was measured."""
+def describe(machine: dict[str, str | int], counts: set[int]) -> str:
+    """Return on what machine, with what versions and in how many rounds it was measured."""
+    rounds = f"{' or '.join(map(str, sorted(counts)))} round{'s' * (counts != {1})}"
     packages = ", ".join(f"{name} {machine[key]}" for name, key in PACKAGES.items())
     return (
         f"{machine['processor']}; {machine['cores']} cores, {machine['system']}; {packages}, "
-        f"Python {machine['python']}. Medians of {rounds} rounds."
+        f"Python {machine['python']}. Medians of {rounds}."
     )
 
 
