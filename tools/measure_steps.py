@@ -26,7 +26,7 @@ from nbformat import NotebookNode
 from mnist_utils.__main__ import parse_seeds
 from mnist_utils.data import load_mnist
 from mnist_utils.headless import Task, read_defaults, read_notebook, run_tasks
-from mnist_utils.parameters import SETTINGS, check_parameters
+from mnist_utils.parameters import SETTINGS, InputError, check_parameters
 from mnist_utils.runs import code_sha256, load_record, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,7 @@ STEPS: dict[str, dict[str, dict[str, str]]] = {
             "angle * 12": "angle * 0",
             "1 + 0.12 * wide, 1 + 0.12 * high, 0.12 * slant": "1.0, 1.0, 0.0 * slant",
         },
+        "no distortion": {"return distorted.prefetch(2)": "return batches.prefetch(2)"},
     },
 }
 
@@ -213,4 +214,7 @@ def outcome(task: Task) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(str(error))
