@@ -348,10 +348,8 @@ def open_client(scheduler: str | None, workers: int) -> Iterator[Client]:
     try:
         client = Client(scheduler, timeout=10)
     except (OSError, TypeError, ValueError) as error:  # TypeError: tls:// without certificates
-        raise InputError(
-            f"scheduler is {scheduler!r} ({first_line(error)}); it must be the address of a "
-            "running Dask scheduler, such as tcp://host:8786."
-        ) from None
+        allowed = "the address of a running Dask scheduler, such as tcp://host:8786"
+        raise names.refusal("scheduler", scheduler, allowed, first_line(error)) from None
     with client:
         yield client
 
@@ -370,8 +368,7 @@ def run_tasks(
     if not wanted:
         return []
     own = {task.parameters.dataset for task in wanted} - set(names.EMBEDDED)
-    paths = {dataset: str(names.dataset_path(dataset).resolve()) for dataset in own}
-    images = {dataset: len(load_mnist(paths[dataset])[0][0]) for dataset in own}
+    images = {dataset: len(load_mnist(dataset)[0][0]) for dataset in own}
     for task in wanted:
         names.check_counts(task.parameters, images.get(task.parameters.dataset))
     # Several runs side by side get more done than one with all cores; a GPU is for one alone.

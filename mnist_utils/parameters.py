@@ -161,10 +161,8 @@ def check_parameters(model: str, values: Mapping[str, Any], headless: bool = Fal
     is said by who starts a run elsewhere. Raises InputError, in one sentence that names the
     parameter, its value and what is allowed.
     """
-    wanted = [name for name in ALLOWED if name not in OWN]
-    wanted += [
-        name for setting in SETTINGS.values() if setting.model == model for name in setting.own
-    ]
+    own = {name for setting in SETTINGS.values() if setting.model == model for name in setting.own}
+    wanted = [name for name in ALLOWED if name not in OWN or name in own]
     for name in wanted:
         if name not in values or (name in OWN and values[name] is None):
             raise refusal(name, values.get(name), ALLOWED[name])
@@ -186,9 +184,10 @@ def check_parameters(model: str, values: Mapping[str, Any], headless: bool = Fal
     return parameters
 
 
-def refusal(name: str, value: object, allowed: str) -> InputError:
-    """Return the error that names a parameter, the value found and what is allowed."""
-    return InputError(f"{name} is {value!r}; it must be {allowed}.")
+def refusal(name: str, value: object, allowed: str, reason: str = "") -> InputError:
+    """Return the error that names a parameter, the value found, and what is allowed."""
+    why = f" ({reason})" if reason else ""
+    return InputError(f"{name} is {value!r}{why}; it must be {allowed}.")
 
 
 def check_counts(parameters: Parameters, images: int | None) -> None:
@@ -235,9 +234,7 @@ def dataset_name(dataset: str) -> str:
         digest = _sha256_of(stamps)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = (getattr(error, "strerror", None) or "cannot be read").lower()
-        raise InputError(
-            f"dataset is {dataset!r} ({reason}); it must be {ALLOWED['dataset']}."
-        ) from None
+        raise refusal("dataset", dataset, ALLOWED["dataset"], reason) from None
     stem = re.sub(r"[^A-Za-z0-9_]+", "_", Path(dataset).stem)[:40]
     return f"{stem}-{digest[:8]}"
 
@@ -288,6 +285,4 @@ def writable_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = (getattr(error, "strerror", None) or "not writable").lower()
-        raise InputError(
-            f"results_dir is {str(folder)!r} ({reason}); it must be {ALLOWED['results_dir']}."
-        ) from None
+        raise refusal("results_dir", str(folder), ALLOWED["results_dir"], reason) from None

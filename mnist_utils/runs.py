@@ -151,13 +151,12 @@ class Record(_Strict):
     @model_validator(mode="after")
     def _one_number_an_epoch(self) -> "Record":
         lists = {**self.history.model_dump(), "seconds_per_epoch": self.seconds_per_epoch}
+        count = self.trained_epochs
         for name, values in lists.items():
-            if len(values) != self.trained_epochs:
-                raise ValueError(
-                    f"{name} has {len(values)} numbers; loss has {self.trained_epochs}"
-                )
-        if not 1 <= self.trained_epochs <= self.run.epochs:
-            raise ValueError(f"history has {self.trained_epochs} of {self.run.epochs} epochs")
+            if len(values) != count:
+                raise ValueError(f"{name} has {len(values)} numbers; loss has {count}")
+        if not 1 <= count <= self.run.epochs:
+            raise ValueError(f"history has {count} of {self.run.epochs} epochs")
         return self
 
 
@@ -277,16 +276,7 @@ def load_record(folder: Path) -> Record:
     """Return a folder's record; raise InputError that names the file and the field at fault."""
     path = folder / RECORD_FILE
     try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON, or truncated.") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema_version is {version}, newer than this version's {SCHEMA_VERSION}."
-        )
-    try:
-        return Record.model_validate(content)
+        return Record.model_validate_json(_read(path))
     except ValidationError as error:
         raise InputError(f"{path}: {first_fault(error)}.") from None
 
@@ -304,11 +294,9 @@ def load_runs(results: Path) -> tuple[pd.DataFrame, list[str]]:
         try:
             record = load_record(folder)
             run = record.run.model_dump()
-            place = Path(record.model, run_name(run, by_hand=record.code_sha256 is None))
-            if place != Path(folder.parent.name, folder.name):
-                raise InputError(
-                    f"{path}: it lies in another run's folder; its own is {str(place)!r}."
-                )
+            own = f"{record.model}/{run_name(run, by_hand=record.code_sha256 is None)}"
+            if own != f"{folder.parent.name}/{folder.name}":
+                raise InputError(f"{path}: it lies in another run's folder; its own is {own!r}.")
             if not os.path.isfile(folder / record.predictions.file):
                 raise InputError(f"{folder / record.predictions.file}: missing.")
             first = seen.setdefault(record.predictions.sha256, folder)

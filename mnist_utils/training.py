@@ -7,10 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from mnist_utils.data import load_mnist
+from mnist_utils.data import CLASSES, Parts, load_mnist
 from mnist_utils.parameters import ALLOWED, InputError, Parameters, images_trained_on, refusal
 
-CLASSES = 10
 MUST_BE_UNSET = (
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE"),
     *("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"),
@@ -58,17 +57,12 @@ def set_up(seed: int, precision: str) -> None:
     """
     if precision == "mixed_float16" and not GPUS:
         raise refusal("precision", precision, f"{ALLOWED['precision']}; no GPU was found")
-    if keras.backend.backend() != "tensorflow":  # Keras was imported before this module
-        raise InputError(
-            f"Keras's backend is {keras.backend.backend()!r}; it must be 'tensorflow': restart "
-            "the kernel."
-        )
+    if (backend := keras.backend.backend()) != "tensorflow":  # imported before this module
+        raise refusal("Keras's backend", backend, "'tensorflow': restart the kernel")
+    unset = "unset: the parameters say how a run computes, and for how long"
     for name in MUST_BE_UNSET:
         if os.environ.get(name, "STRICT").upper() != "STRICT":  # the FPMATH_MODEs' own default
-            raise InputError(
-                f"{name} is {os.environ[name]!r}; it must be unset: the parameters say how a run "
-                "computes, and for how long."
-            )
+            raise refusal(name, os.environ[name], unset)
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
@@ -80,9 +74,7 @@ def set_up(seed: int, precision: str) -> None:
     print(f"Training on {device}, precision {precision}, seed {seed}.")
 
 
-def prepare_data(
-    parameters: Parameters,
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def prepare_data(parameters: Parameters) -> Parts:
     """Set up, load and prepare the data as 1_model_a1 does step by step; print what it prints.
 
     Returns ``(x_train, y_train), (x_test, y_test)``: images float32 (n, 28, 28, 1) from 0 to 1,
