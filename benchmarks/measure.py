@@ -23,11 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import geometric_mean, mean, median
 
-from dask.system import CPU_COUNT
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from mnist_utils.headless import CPU_COUNT, THREADS  # noqa: E402
 from mnist_utils.parameters import SETTINGS  # noqa: E402
 from mnist_utils.plotting import figure  # noqa: E402
 from mnist_utils.runs import processor, write_whole  # noqa: E402
@@ -45,9 +44,7 @@ COLOURS = ("#7d7d7d", "tab:blue", "tab:cyan", "tab:orange")
 AROUND = {"1_model_a1": "A.1's notebook besides its training", "8_comparison": "the comparison"}
 SIDE = "side_by_side"
 SIDE_BY_SIDE = ("a2", "a1")  # for the others it would double hours
-ONE_THREAD = dict.fromkeys(
-    ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"), "1"
-)
+ONE_THREAD = dict.fromkeys(THREADS, "1")
 IMAGES = 3 * 60_000 + 10_000  # of an epoch: a training step costs about three passes forward
 PACKAGES = {"TensorFlow": "tensorflow", "Keras": "keras", "PyTorch": "torch", "NumPy": "numpy"}
 MEASUREMENTS, TIMES = HERE / "measurements.json", HERE / "times.json"
@@ -72,11 +69,8 @@ def run_side_by_side(model: str) -> dict[str, float]:
     The seconds are those of one run, divided by their number: what a run costs the machine.
     """
     with ThreadPoolExecutor(CPU_COUNT) as pool:
-        running = [
-            pool.submit(run_one, model, "float32", threads=ONE_THREAD) for _ in range(CPU_COUNT)
-        ]
-        seconds = [future.result()["seconds"] for future in running]
-    return {"seconds": mean(seconds) / CPU_COUNT}
+        runs = pool.map(lambda _: run_one(model, "float32", threads=ONE_THREAD), range(CPU_COUNT))
+        return {"seconds": mean(run["seconds"] for run in runs) / CPU_COUNT}
 
 
 def measure(models: list[str], rounds: int) -> None:

@@ -57,18 +57,6 @@ def timed_fit(run: Callable[[], Any]) -> float:
     return only
 
 
-def train_original(name: str, images: int | None) -> dict:
-    import original  # never mnist_utils.training: it has TensorFlow use other kernels
-
-    return {"seconds": timed_fit(lambda: original.train(name, load_mnist(train_samples=images)))}
-
-
-def train_pytorch(name: str, images: int | None) -> dict:
-    import plain_pytorch
-
-    return {"seconds": plain_pytorch.train(name, load_mnist(train_samples=images))}
-
-
 def train_notebook(name: str, precision: str, images: int | None) -> dict:
     """Train for one epoch by the notebook's own cells; return its multiply-adds an image too."""
     import mnist_utils.training  # noqa: F401 - before Keras, as in the notebook
@@ -85,7 +73,7 @@ def run_cells(name: str, **given) -> dict[str, Any]:
     variables: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as results:  # the notebook tries whether it can write
         given = {**SETTINGS[name].own, **given, "results_dir": results}
-        for cell in nbformat.read(notebook_path(SETTINGS[name].notebook), 4).cells:
+        for cell in nbformat.read(ROOT / f"notebooks/{SETTINGS[name].notebook}.ipynb", 4).cells:
             tags = cell.metadata.get("tags", [])
             if cell.cell_type != "code" or "setup" in tags:
                 continue
@@ -97,10 +85,6 @@ def run_cells(name: str, **given) -> dict[str, Any]:
     return variables
 
 
-def notebook_path(notebook: str) -> Path:
-    return ROOT / "notebooks" / f"{notebook}.ipynb"
-
-
 def run_by_papermill(notebook: str, **given) -> tuple[float, list[dict]]:
     """Run a notebook in a kernel; return its seconds and the records that it left."""
     import papermill
@@ -110,7 +94,7 @@ def run_by_papermill(notebook: str, **given) -> tuple[float, list[dict]]:
         executed = os.path.join(folder, "executed.ipynb")
         where = {"cwd": ROOT / "notebooks", "progress_bar": False}
         began = time.perf_counter()
-        papermill.execute_notebook(notebook_path(notebook), executed, given, **where)
+        papermill.execute_notebook(ROOT / f"notebooks/{notebook}.ipynb", executed, given, **where)
         seconds = time.perf_counter() - began
         return seconds, [json.loads(p.read_text()) for p in Path(folder).rglob("metrics.json")]
 
@@ -150,9 +134,14 @@ def measure(name: str, way: str, images: int | None) -> dict:
     if way == "around":
         return run_around(name)
     if way == "original":
-        return train_original(name, images)
+        import original  # never mnist_utils.training: it has TensorFlow use other kernels
+
+        data = load_mnist(train_samples=images)
+        return {"seconds": timed_fit(lambda: original.train(name, data))}
     if way == "pytorch":
-        return train_pytorch(name, images)
+        import plain_pytorch
+
+        return {"seconds": plain_pytorch.train(name, load_mnist(train_samples=images))}
     return (train_whole if name in WHOLE else train_notebook)(name, way, images)
 
 

@@ -71,8 +71,8 @@ def test_the_originals_code_is_traced_before_it_is_timed():
 def test_the_originals_code_runs_with_tensorflows_own_choice_of_kernels(monkeypatch):
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
     # What it learns in two steps is chance, and no matter here.
-    script = "import os, one; one.timed_fit = lambda run: run(); one.train_original('a2', 512); "
-    assert last_line("-c", script + "print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))") == "None"
+    train = "import os, one; one.timed_fit = lambda run: run(); one.measure('a2', 'original', 512)"
+    assert last_line("-c", f"{train}; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))") == "None"
 
 
 def test_the_page_shows_what_was_measured(benchmark, tmp_path, monkeypatch):

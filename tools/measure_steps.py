@@ -16,6 +16,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,17 @@ from typing import Any
 import numpy as np
 from nbformat import NotebookNode
 
+from mnist_utils import headless
 from mnist_utils.__main__ import parse_seeds
 from mnist_utils.data import load_mnist
-from mnist_utils.headless import Task, read_defaults, read_notebook, run_tasks
-from mnist_utils.parameters import SETTINGS, InputError, check_parameters
-from mnist_utils.runs import code_sha256, load_record, write_whole
+from mnist_utils.headless import Task, read_notebook, run_tasks
+from mnist_utils.parameters import SETTINGS, InputError
+from mnist_utils.runs import Record, code_sha256, write_whole
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "studies"
 HELD_OUT = 10_000
-EPOCHS = {"d": (1, 2, 3, 6), "e": (3, 7, 14)}
+EPOCHS = [("d", 1), ("d", 2), ("d", 3), ("d", 6), ("e", 3), ("e", 7), ("e", 14)]
 # The first edition's layer: Keras's own, in training by one operation of TensorFlow.
 FUSED = """
 import tensorflow as tf
@@ -96,17 +98,22 @@ STEPS: dict[str, dict[str, dict[str, str]]] = {
         "no distortion": {"return distorted.prefetch(2)": "return batches.prefetch(2)"},
     },
 }
+# The rows of each measurement: model, name, what is replaced, and parameters.
+ROWS: dict[str, list[tuple[str, str, dict[str, str], dict[str, int]]]] = {
+    "steps": [(m, step, code, {}) for m in STEPS for step, code in STEPS[m].items()],
+    "epochs": [(m, f"{n} epoch{'s' * (n > 1)}", {}, {"epochs": n}) for m, n in EPOCHS],
+    "other_split": [(m, "other split", {}, {}) for m in STEPS],
+}
 
 
 def main() -> int:
-    make = {"steps": step_tasks, "epochs": epoch_tasks, "other_split": split_tasks}
     parser = argparse.ArgumentParser(description="Measure what each step of D and E buys.")
-    parser.add_argument("what", nargs="?", default="steps", choices=make)
+    parser.add_argument("what", nargs="?", default="steps", choices=ROWS)
     parser.add_argument("--models", nargs="+", default=[*STEPS], choices=STEPS)
     parser.add_argument("--seeds", default="0-4")
     given = parser.parse_args()
     # Seed by seed, so that a slow spell of the machine falls on every row alike.
-    tasks = [task for seed in parse_seeds(given.seeds) for task in make[given.what](seed)]
+    tasks = [task for seed in parse_seeds(given.seeds) for task in make_tasks(given.what, seed)]
     tasks = [task for task in tasks if task.setting in given.models]
     if run_tasks(tasks):
         return 1
@@ -114,8 +121,8 @@ def main() -> int:
     code = {model: code_sha256(read_notebook(SETTINGS[model].notebook)) for model in STEPS}
     rows = kept_rows(path, code, given.models)
     for task in tasks:
-        if task.finished_run():
-            rows.setdefault(task.name.split(" seed ")[0], []).append(outcome(task))
+        if record := task.finished_run():
+            rows.setdefault(task.name.split(" seed ")[0], []).append(outcome(record))
     content = json.dumps({"code_sha256": code, "rows": rows}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.encode())
@@ -132,30 +139,16 @@ def kept_rows(path: Path, code: dict[str, str], measured: list[str]) -> dict[str
     return {name: runs for name, runs in before["rows"].items() if name.split(":")[0] in kept}
 
 
-def step_tasks(seed: int) -> list[Task]:
-    """Return a task for each step, each seed on a split of its own."""
-    return [
-        make_task(model, step, replaced, {}, seed, held_out_split(seed))
-        for model, steps in STEPS.items()
-        for step, replaced in steps.items()
-    ]
+def make_tasks(what: str, seed: int) -> list[Task]:
+    """Return a task for each row of a measurement, on a split of the seed's own.
 
-
-def epoch_tasks(seed: int) -> list[Task]:
-    """Return a task for each model and number of epochs, on the splits of the steps."""
-    return [
-        make_task(model, f"{n} epoch{'s' * (n > 1)}", {}, {"epochs": n}, seed, held_out_split(seed))
-        for model, numbers in EPOCHS.items()
-        for n in numbers
-    ]
-
-
-def split_tasks(seed: int) -> list[Task]:
-    """Return a task for each model, on all 70,000 images split anew, once for all seeds."""
-    train, test = load_mnist()
-    images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
-    split = write_split("other_split", images, labels, seed=0)
-    return [make_task(model, "other split", {}, {}, seed, split) for model in STEPS]
+    "other_split" is on all 70,000 images split anew, once for all seeds.
+    """
+    if what == "other_split":
+        split = write_split(what, load_mnist(), seed=0)
+    else:
+        split = write_split(f"held_out{seed}", load_mnist()[:1], seed)
+    return [make_task(*row, seed, split) for row in ROWS[what]]
 
 
 def make_task(
@@ -165,10 +158,8 @@ def make_task(
     notebook = changed(read_notebook(SETTINGS[model].notebook), replaced)
     folder = FOLDER / re.sub(r"\W+", "_", name)
     given = {**given, "seed": seed, "dataset": str(split), "results_dir": str(folder)}
-    given["keep_model"] = False
-    defaults = read_defaults(notebook, SETTINGS[model].notebook)
-    parameters = check_parameters(model, {**defaults, **given}, headless=True)
-    return Task(f"{model}: {name} seed {seed}", model, notebook, given, parameters)
+    task = headless.make_task(model, notebook, given | {"keep_model": False}, [])
+    return task._replace(name=f"{model}: {name} seed {seed}")
 
 
 def changed(notebook: NotebookNode, replaced: dict[str, str]) -> NotebookNode:
@@ -182,16 +173,14 @@ def changed(notebook: NotebookNode, replaced: dict[str, str]) -> NotebookNode:
     return copy
 
 
-def held_out_split(seed: int) -> Path:
-    """Write, if need be, a split of the training images, and return where it is."""
-    images, labels = load_mnist()[0]
-    return write_split(f"held_out{seed}", images, labels, seed)
+def write_split(name: str, sets: Iterable[tuple[np.ndarray, np.ndarray]], seed: int) -> Path:
+    """Write, if need be, all images of these sets as one data set, and return where it is.
 
-
-def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) -> Path:
-    """Write the images as a data set whose test set is 10,000 of them, drawn by the seed."""
+    Its test set is 10,000 of them, drawn by the seed.
+    """
     path = FOLDER / f"{name}.npz"
     if not path.exists():
+        images, labels = (np.concatenate(parts) for parts in zip(*sets, strict=True))
         order = np.random.default_rng(seed).permutation(len(images))
         content = io.BytesIO()
         arrays: dict[str, Any] = {}
@@ -203,8 +192,7 @@ def write_split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) ->
     return path
 
 
-def outcome(task: Task) -> dict[str, Any]:
-    record = load_record(task.folder)
+def outcome(record: Record) -> dict[str, Any]:
     return {
         "seed": record.run.seed,
         "accuracy": record.test_accuracy,
