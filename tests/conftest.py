@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -71,14 +72,11 @@ def mnist():
 @pytest.fixture(scope="session")
 def small_arrays(mnist):
     """600 training and 200 test images of the real MNIST, as many of each digit."""
-    (x_train, y_train), (x_test, y_test) = mnist
-    train, test = balanced_subset(y_train, 600, seed=1), balanced_subset(y_test, 200, seed=1)
-    return {
-        "x_train": x_train[train],
-        "y_train": y_train[train],
-        "x_test": x_test[test],
-        "y_test": y_test[test],
-    }
+    arrays = {}
+    for part, size, (x, y) in zip(("train", "test"), (600, 200), mnist, strict=True):
+        chosen = balanced_subset(y, size, seed=1)
+        arrays |= {f"x_{part}": x[chosen], f"y_{part}": y[chosen]}
+    return arrays
 
 
 @pytest.fixture(scope="session")
@@ -95,24 +93,13 @@ def small_mnist(small_arrays, common_folder) -> Path:
         return path if path.exists() else write_npz(path, small_arrays)
 
 
-class Executed:
-    """A notebook that was executed, the run that it saved, and where."""
-
-    def __init__(self, setting, path, folder):
-        self.setting, self.path = setting, path
-        self.notebook = nbformat.read(path, 4)
-        runs, problems = load_runs(folder)
-        assert problems == []
-        (self.folder,) = runs.path
-        self.record = load_record(self.folder)
-
-
 @pytest.fixture(scope="session")
 def executed(small_mnist, common_folder):
-    """Return a function that executes a setting's notebook once and gives what came of it."""
+    """Return a function that executes a setting's notebook once: it gives the executed notebook,
+    the run's folder and its record."""
 
     @cache
-    def execute_setting(setting: str, **changed) -> Executed:
+    def execute_setting(setting: str, **changed) -> SimpleNamespace:
         folder = common_folder / "-".join(map(str, [setting, *changed.values()]))
         path = folder / "executed.ipynb"
         with FileLock(f"{folder}.lock"):
@@ -126,7 +113,11 @@ def executed(small_mnist, common_folder):
                     patch.setenv(CODE_VARIABLE, code_sha256(source))
                     execute(name, folder / "executing.ipynb", **parameters)
                 (folder / "executing.ipynb").rename(path)
-        return Executed(setting, path, folder / "runs")
+        runs, problems = load_runs(folder / "runs")
+        assert problems == []
+        (run,) = runs.path
+        notebook = nbformat.read(path, 4)
+        return SimpleNamespace(notebook=notebook, folder=run, record=load_record(run))
 
     return execute_setting
 

@@ -78,11 +78,11 @@ record = {
 """
 
 
-def notebook_of(*sources, name="mnist"):
+def notebook_of(*sources):
     """Return a notebook of code cells, the parameters first, saved with a strange kernel."""
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     cells[0].metadata.tags = ["parameters"]
-    kernel = {"name": name, "display_name": name, "language": "python"}
+    kernel = {"name": "mnist", "display_name": "mnist", "language": "python"}
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
@@ -106,25 +106,20 @@ def write_stand_in(checkout, setting, last=""):
     nbformat.write(notebook, checkout / f"notebooks/{SETTINGS[setting].notebook}.ipynb")
 
 
-def command(*models, results=None, seeds="0", **values):
+def command(*models, results=None, **values):
     pairs = [text for name, value in values.items() for text in ("-p", f"{name}={value}")]
-    given = [*models, "--seeds", seeds, *pairs]
     where = ["--results-dir", results] if results else []
-    return python("-m", "mnist_utils", "run", "--models", *given, *where)
+    return python("-m", "mnist_utils", "run", "--models", *models, *pairs, *where)
 
 
-def run(*models, **given):
-    return subprocess.run(command(*models, **given), capture_output=True, text=True)
+def run(*models, before=(), cwd=None, **given):
+    whole = [*before, *command(*models, **given)]
+    return subprocess.run(whole, cwd=cwd, capture_output=True, text=True)
 
 
-def start(arguments):
-    return subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(*models, **given):
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command(*models, **given), text=True, start_new_session=True, **pipes)
 
 
 def wait_for(path):
@@ -168,11 +163,10 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist, tmp_path):
-    given = {"results": tmp_path, "epochs": 2, "batch_size": 64, "dataset": small_mnist}
+    given = {"epochs": 2, "batch_size": 64, "dataset": small_mnist}
+    given |= {"results": tmp_path, "cwd": ROOT}
     alone = [*NO_NETWORK, *python("-c", LOOPBACK_UP)] if CAN_UNSHARE else []
-    first = subprocess.run(
-        [*alone, *command("a2", "d", **given)], cwd=ROOT, capture_output=True, text=True
-    )
+    first = run("a2", "d", before=alone, **given)
     assert first.returncode == 0, first.stdout + first.stderr
     assert recorded(tmp_path) == [("a2", 0), ("d", 0)]
     # Each line says whose it is, and the first to be done how long all will take.
@@ -194,7 +188,7 @@ def test_all_of_it_ends_in_the_table_and_a_second_call_runs_nothing(small_mnist,
         assert "Saved the run in " in text and "/tmp/tmp" not in text  # no folder of the worker's
 
     times = [(folder / "metrics.json").stat().st_mtime_ns for folder in frame["path"]]
-    second = subprocess.run(command("a2", "d", **given), cwd=ROOT, capture_output=True, text=True)
+    second = run("a2", "d", **given)
     assert second.returncode == 0
     assert second.stdout.startswith("2 runs, 2 recorded already.\n+")
     assert times == [(folder / "metrics.json").stat().st_mtime_ns for folder in frame["path"]]
@@ -222,11 +216,10 @@ def test_failing_notebooks_are_named_and_the_others_go_on(checkout):
     damaged.write_text("{")
     done = run("d", "a1")
     assert done.returncode == 0
-    assert f"\nLeft out: {damaged}: not JSON" in done.stdout
+    assert f"\nLeft out: {damaged}: Invalid JSON" in done.stdout
     assert not left[1].exists()
-    assert {path.name for path in folder.iterdir()} == {
-        *(".lock", "executed.ipynb", "metrics.json", "predictions.npz")
-    }
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".lock", "executed.ipynb", "metrics.json", "predictions.npz"}
 
 
 def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, checkout):
@@ -244,13 +237,12 @@ def test_a_bad_data_set_is_refused_before_anything_runs(small_arrays, checkout):
         assert "Epoch" not in done.stdout
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
 def test_an_interrupted_run_goes_on_where_it_stopped(sent, code, checkout):
     write_stand_in(checkout, "a1", wait_for(checkout / "go"))
-    process = start(command("d", "a1"))
+    process = start("d", "a1")
     wait_for_line(process, "a1 seed 0: Epoch 1")
     while not recorded(checkout / "runs"):
         time.sleep(0.1)
@@ -292,22 +284,21 @@ def test_an_interruption_before_anything_runs_is_said_too(monkeypatch, capsys):
 
 def test_two_commands_at_once_share_the_work(checkout):
     write_stand_in(checkout, "d", wait_for(checkout / "go"))
-    first = start(command("d", "a1"))
+    first = start("d", "a1")
     wait_for_line(first, "d seed 0: Epoch 1")
-    second = start(command("d", "a2"))
+    second = start("d", "a2")
     wait_for_line(second, "d seed 0: another command is training it")
     (checkout / "go").touch()
     outputs = [process.communicate(timeout=300) for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
     assert "d seed 0: recorded by another command\n" in outputs[1][0]
-    trained = re.findall(
-        r"^(\w+) seed 0: test accuracy", outputs[0][0] + outputs[1][0], re.MULTILINE
-    )
+    said = outputs[0][0] + outputs[1][0]
+    trained = re.findall(r"^(\w+) seed 0: test accuracy", said, re.MULTILINE)
     assert sorted(trained) == ["a1", "a2", "d"]
 
 
 def test_a_worker_that_is_killed_here_is_replaced(checkout):
-    process = start(command("d", epochs=4))
+    process = start("d", epochs=4)
     wait_for_line(process, "d seed 0: Epoch 1")
     (kernel,) = kernels(process)
     kernel.parent().kill()
@@ -334,7 +325,7 @@ def test_a_worker_that_dask_does_not_restart_is_replaced_too(checkout, monkeypat
 
 
 def test_when_nobody_reads_the_output_any_more_it_ends_quietly(checkout):
-    process = start(command("d", epochs=60))
+    process = start("d", epochs=60)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -376,18 +367,16 @@ def test_nothing_of_the_users_dask_or_jupyter_disturbs_a_run(checkout, monkeypat
 
 @pytest.mark.skipif(not CAN_UNSHARE, reason="needs a namespace")
 def test_without_a_loopback_address_it_is_said_in_a_sentence(checkout):
-    done = subprocess.run([*NO_NETWORK, *command("d")], capture_output=True, text=True)
+    done = run("d", before=NO_NETWORK)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "Network is unreachable" in done.stderr
 
 
 @pytest.mark.skipif(not CAN_UNSHARE, reason="needs a namespace")
 def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(checkout):
-    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro none "$0" && exec "$@"']
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro none "$0" && exec "$@"', "results"]
     (checkout / "results").mkdir()
-    done = subprocess.run(
-        [*mount, "results", *command("d", results="results")], capture_output=True, text=True
-    )
+    done = run("d", before=mount, results="results")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.match(r"results_dir is .* \(read-only file system\); it must be", done.stderr)
 
@@ -527,15 +516,12 @@ def values(*arguments):
 def test_the_command_line_is_read():
     pairs = ("epochs=2", "epochs=3", "train_samples=None", "keep_model=False", "dataset=a=b")
     found = values(*(text for pair in pairs for text in ("-p", pair)), "--results-dir", "5")
-    assert found == {
-        **{"epochs": [2, 3], "train_samples": [None], "keep_model": [False]},
-        **{"dataset": ["a=b"], "results_dir": ["5"]},
-    }
+    expected = {"epochs": [2, 3], "train_samples": [None], "keep_model": [False]}
+    assert found == expected | {"dataset": ["a=b"], "results_dir": ["5"]}
     assert values("--seeds", "0-2")["seed"] == values("-p", "seed=0", "-p", "seed=1")["seed"] + [2]
     for arguments, message in (
         (("-p", "results_dir=5"), "results_dir is given by --results-dir"),
         (("-p", "seed=1", "--seeds", "2"), "seed is given twice"),
-        (("-p", "epochs"), "it must be NAME=VALUE"),
         (("--workers", "0"), "workers is 0"),
     ):
         with pytest.raises(InputError, match=message):
@@ -554,32 +540,24 @@ def test_make_hands_its_variables_to_the_command_line(tmp_path):
     fake = tmp_path / "python"
     fake.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))")
     fake.chmod(0o755)
-    for name in ("installed", "linked"):
-        (tmp_path / name).touch()
+    (linked := tmp_path / "linked").touch()  # newer, so that nothing is installed
     known = {"EPOCHS", "BATCH_SIZE", "SEEDS", "TRAIN_SAMPLES", "PRECISION", "DATASET", "MODELS"}
     known |= {"RESULTS_DIR", "SCHEDULER", "WORKERS", "KEEP_MODEL", "MAKEFLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name not in known}
 
     def arguments(target, **given):
-        places = {"BIN": tmp_path, "INSTALLED": tmp_path / "installed"}
-        places |= {"LINKED": tmp_path / "linked"}
-        done = subprocess.run(
-            ["make", "-s", target, *(f"{k}={v}" for k, v in (places | given).items())],
-            cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if k not in known},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout.splitlines()[-1])
+        given |= {"BIN": tmp_path, "INSTALLED": fake, "LINKED": linked}
+        command = ["make", "-s", target, *(f"{name}={value}" for name, value in given.items())]
+        options = {"cwd": ROOT, "env": environment, "text": True}
+        return json.loads(subprocess.check_output(command, **options).splitlines()[-1])
 
     assert arguments("run") == ["-m", "mnist_utils", "run"]
     path = 'it\'s a $(file) "$HOME"'
     given = {"MODELS": "a1 c", "SEEDS": "0-4", "EPOCHS": "3", "DATASET": path, "RESULTS_DIR": "5"}
     options = make_parser().parse_args(arguments("run", SCHEDULER="tcp://h:1", **given)[2:])
     assert (options.models, options.scheduler) == (["a1", "c"], "tcp://h:1")
-    assert parse_values(options) == {
-        **{"epochs": [3], "dataset": [path], "results_dir": ["5"], "seed": [0, 1, 2, 3, 4]}
-    }
+    expected = {"epochs": [3], "dataset": [path], "results_dir": ["5"], "seed": [0, 1, 2, 3, 4]}
+    assert parse_values(options) == expected
     assert "dataset=mnist-small" in arguments("quick")
 
 
@@ -591,38 +569,28 @@ def cluster(checkout, tmp_path):
     """Return a function that starts a scheduler and two workers."""
     processes = []
 
-    def start_process(name, *arguments, **variables):
-        folder = tmp_path / name
-        folder.mkdir()
-        process = subprocess.Popen(
-            python("-m", *arguments),
-            cwd=folder,
-            env=os.environ | variables,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        processes.append(process)
-        return process
+    def start_process(kind, name, *arguments, **variables):
+        (tmp_path / name).mkdir()
+        where = ("--host", "127.0.0.1", "--no-dashboard")
+        command = python("-m", f"distributed.cli.dask_{kind}", *arguments, *where)
+        options = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        options |= {"cwd": tmp_path / name, "env": os.environ | variables}
+        processes.append(subprocess.Popen(command, **options))
+        return processes[-1]
 
     class Cluster:
         def __init__(self, *options, workers=2, **variables):
             file = tmp_path / "scheduler.json"
-            where = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard")
-            where += ("--scheduler-file", file, *options)
-            self.scheduler = start_process(
-                "scheduler", "distributed.cli.dask_scheduler", *where, **variables
-            )
+            options = ("--port", "0", "--scheduler-file", file, *options)
+            self.scheduler = start_process("scheduler", "scheduler", *options, **variables)
             while not file.exists() or not file.read_text().endswith("}"):
                 time.sleep(0.1)
             self.address = json.loads(file.read_text())["address"]
             self.workers = [self.add_worker(str(number)) for number in range(workers)]
 
         def add_worker(self, name, threads=1, **variables):
-            options = ("--host", "127.0.0.1", "--nthreads", threads, "--no-nanny")
-            options += ("--no-dashboard", "--name", name)
-            return start_process(
-                name, "distributed.cli.dask_worker", self.address, *options, **variables
-            )
+            options = (self.address, "--nthreads", threads, "--no-nanny", "--name", name)
+            return start_process("worker", name, *options, **variables)
 
     yield Cluster
     for process in processes:
@@ -699,15 +667,12 @@ def test_a_worker_that_joins_late_gets_its_share_and_an_unfit_one_nothing(
         late.append("took part")
 
     in_background(join_late)
-    assert (
-        run_tasks(make_tasks(["d"], {"seed": list(range(6)), "epochs": [8]}), there.address) == []
-    )
+    tasks = make_tasks(["d"], {"seed": list(range(6)), "epochs": [8]})
+    assert run_tasks(tasks, there.address) == []
     assert late[2:] == ["took part"]
     assert recorded(checkout / "runs") == [("d", seed) for seed in range(6)]
-    said = capsys.readouterr().out
-    assert re.search(
-        r"^The worker tcp://\S+ has 2 threads; .* It is not used\.$", said, re.MULTILINE
-    )
+    said = re.compile(r"^The worker tcp://\S+ has 2 threads; .* It is not used\.$", re.MULTILINE)
+    assert said.search(capsys.readouterr().out)
 
 
 def test_a_fit_worker_beside_an_unfit_one_may_die_and_another_take_its_place(cluster, checkout):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import nbformat
 import numpy as np
 import pytest
-from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, code_cells, python
+from conftest import MODEL_NOTEBOOKS, NOTEBOOKS, ROOT, code_cells, output_text, python
 
 from mnist_utils.comparison import ORIGINAL, reference_rows, results_table
 from mnist_utils.parameters import SETTINGS
@@ -121,19 +121,14 @@ def test_a_setting_lands_near_what_the_original_reports(setting):
 def test_a_notebooks_first_screen_shows_what_the_records_give(name):
     (cell,) = [cell for cell in code_cells(read(name)) if cell.id == "reached"]
     settings = re.findall(r'"(\w+)"', cell.source.split("import")[-1])
-    shown = "".join(
-        output.get("text", "") + output.get("data", {}).get("text/plain", "")
-        for output in cell.outputs
-    )
+    shown = "".join(output.get("data", {}).get("text/plain", "") for output in cell.outputs)
     for row in str(results_table(REFERENCES, settings)).splitlines():
         assert row in shown
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s != "c7"])
 def test_a_notebooks_outputs_are_those_of_its_reference_run(setting):
-    text = "".join(
-        o.get("text", "") for c in code_cells(read(SETTINGS[setting].notebook)) for o in c.outputs
-    )
+    text = output_text(read(SETTINGS[setting].notebook))
     (run,) = REFERENCES[(REFERENCES["setting"] == setting) & (REFERENCES["seed"] == 0)].itertuples()
     record = load_record(run.path)
     assert f"Test loss: {record.test_loss:.4f}\n" in text

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.browser
 
 SCREENSHOTS = ROOT / "browser-screenshots"
 EPOCHS = 3
-CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"]
-
-
-def find_chromium() -> str | None:
-    return shutil.which("chromium") or shutil.which("google-chrome")
+DIGITS = "7_your_digits"
+CHROMIUM = {
+    "executable_path": shutil.which("chromium") or shutil.which("google-chrome"),
+    "args": ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,15 @@ def project(small_mnist, tmp_path_factory) -> Path:
     small = {"epochs": EPOCHS, "batch_size": 64, "dataset": str(small_mnist)}
     for path in folder.glob("notebooks/*.ipynb"):
         notebook = nbformat.read(path, 4)
+        # Drawn digits are for the reference models, not for what is trained here.
+        given = small | ({"results_dir": str(folder / "none")} if path.stem == DIGITS else {})
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        for name, value in small.items():
+        for name, value in given.items():
             changed = rf"\g<1>{value!r}"
-            cell.source = re.sub(rf"(?m)^({name}: \w+ = )\S+", changed, cell.source)
+            cell.source = re.sub(rf"(?m)^({name}: .+? = )\S+", changed, cell.source)
         nbformat.write(notebook, path)
     return folder
 
@@ -86,7 +88,7 @@ def _address(process, runtime: Path) -> str:
 def page(server):
     SCREENSHOTS.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_OPTIONS)
+        browser = playwright.chromium.launch(**CHROMIUM)
         page = browser.new_page(viewport={"width": 1366, "height": 900})  # a laptop's
         yield page
         browser.close()
@@ -104,23 +106,11 @@ def open_notebook(page, server, name: str) -> None:
     )
 
 
-def run_all(page) -> None:
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-
-
 def show_cell(page, index: int) -> None:
     """Bring a cell to the window's top, as a reader who scrolls to it does."""
     notebook = "window.jupyterapp.shell.currentWidget.content"
     scroll = f"{notebook}.activeCellIndex = index; await {notebook}.scrollToItem(index, 'start');"
     page.evaluate(f"async index => {{ {scroll} }}", index)
-
-
-def cell_outputs(page) -> list[list[dict]]:
-    """Return the outputs of each cell as JupyterLab holds them."""
-    return page.evaluate(
-        """() => window.jupyterapp.shell.currentWidget.content.widgets.map(
-            cell => cell.model.type === 'code' ? cell.model.outputs.toJSON() : [])"""
-    )
 
 
 def cell_index(project, name: str, text: str) -> int:
@@ -175,10 +165,13 @@ WATCH_TRAINING = """() => {
 
 
 def run_without_fault(page) -> list[list[dict]]:
-    """Run all cells of a notebook that was opened; return their outputs."""
-    run_all(page)
+    """Run all cells of a notebook that was opened; return their outputs as JupyterLab has them."""
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     wait_until_done(page)
-    outputs = cell_outputs(page)
+    outputs = page.evaluate(
+        """() => window.jupyterapp.shell.currentWidget.content.widgets.map(
+            cell => cell.model.type === 'code' ? cell.model.outputs.toJSON() : [])"""
+    )
     assert not [o for cell in outputs for o in cell if o["output_type"] == "error"]
     assert not [o for cell in outputs for o in cell if o.get("name") == "stderr"]
     return outputs
@@ -231,3 +224,74 @@ def test_the_comparison_shows_tables_and_figures(page, server, project):
         wide = "places => places.filter(place => place.scrollWidth > place.clientWidth + 1).length"
         assert page.eval_on_selector_all(".jp-RenderedHTMLCommon", wide) == 0
     take_pictures(page, "8_comparison", [0, *tables, *figures])
+
+
+# Strokes, in shares of the canvas.
+STROKES = {
+    1: [[(0.5, 0.15), (0.48, 0.5), (0.47, 0.85)]],
+    0: [
+        [(0.5, 0.15), (0.3, 0.3), (0.28, 0.6), (0.45, 0.85), (0.65, 0.7), (0.68, 0.35), (0.5, 0.15)]
+    ],
+    7: [[(0.25, 0.2), (0.5, 0.19), (0.75, 0.2), (0.6, 0.5), (0.5, 0.85)]],
+}
+PALM = """() => {
+    const paper = document.querySelector('.digit-canvas .paper');
+    const { left, top, width, height } = paper.getBoundingClientRect();
+    const place = { clientX: left + 0.9 * width, clientY: top + 0.1 * height };
+    for (const kind of ['down', 'move', 'up'])
+        paper.dispatchEvent(new PointerEvent(`pointer${kind}`, { pointerId: 99, ...place }));
+}"""
+INKED = """([x, y]) => {
+    const paper = document.querySelector('.digit-canvas .paper');
+    return paper.getContext('2d').getImageData(280 * x, 280 * y, 1, 1).data[3] > 0;
+}"""
+ANSWERS = """() => [...document.querySelectorAll('.digit-canvas .best')].map(e => e.textContent)"""
+
+
+def draw(page, strokes, between=lambda: None) -> None:
+    """Draw strokes; ``between`` is called after each of their parts."""
+    box = page.locator(".digit-canvas .paper").bounding_box()
+    for stroke in strokes:
+        points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in stroke]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        for point in points[1:]:
+            page.mouse.move(*point, steps=5)
+            between()
+        page.mouse.up()
+
+
+def wait_for(page, expected: str) -> None:
+    """Wait until every model's answer begins with ``expected``; empty: until there is none."""
+    page.wait_for_function(
+        f"""() => ({ANSWERS})().every(
+            text => {expected!r} ? text.startsWith({expected!r}) : !text)""",
+        timeout=10_000,
+    )
+
+
+def test_the_models_answer_what_is_drawn(page, server, project):
+    open_notebook(page, server, DIGITS)
+    outputs = run_without_fault(page)
+    for text in ("read_picture(picture", "show_digits(images", "steps(photo)"):
+        assert "image/png" in json.dumps(outputs[cell_index(project, DIGITS, text)])
+    assert "The models disagree on:" in json.dumps(outputs)
+    drawing = cell_index(project, DIGITS, "draw(models)")
+    assert "image/png" not in outputs[drawing][0]["data"]  # the canvas, not its picture
+    show_cell(page, drawing)
+    page.locator(".digit-canvas .paper").wait_for()
+    for digit, strokes in STROKES.items():
+        draw(page, strokes)
+        wait_for(page, str(digit))
+        if digit != 7:
+            page.get_by_role("button", name="Clear").click()
+            wait_for(page, "")
+    # Another stroke, in which a palm beside the pen draws nothing and ends nothing; and back again.
+    draw(page, [[(0.1, 0.8), (0.9, 0.8)]])
+    draw(page, [[(0.1, 0.9), (0.5, 0.9), (0.9, 0.9)]], between=lambda: page.evaluate(PALM))
+    places = ([0.9, 0.1], [0.3, 0.9], [0.8, 0.9])
+    assert [page.evaluate(INKED, place) for place in places] == [False, True, True]
+    for _ in range(2):
+        page.get_by_role("button", name="Undo").click()
+    wait_for(page, "7")
+    take_pictures(page, DIGITS, [drawing])

@@ -9,9 +9,10 @@ from threading import Thread
 import pytest
 from conftest import ROOT, python, run_python
 from playwright.sync_api import sync_playwright
-from test_jupyterlab import CHROMIUM_OPTIONS, SCREENSHOTS, find_chromium
+from test_jupyterlab import CHROMIUM, SCREENSHOTS
 
 NOTEBOOKS = [*ROOT.glob("notebooks/[0-9]*_*.ipynb"), *ROOT.glob("studies/*.ipynb")]
+LINKS = "links => links.map(link => link.href.split('#')[0])"
 PICTURE = "images => images.every(image => image.complete && image.naturalWidth > 0)"
 
 
@@ -24,9 +25,8 @@ class QuietHandler(SimpleHTTPRequestHandler):
 def site():
     """The address at which the site is served, on this machine alone."""
     subprocess.run(python("tools/write_html.py"), cwd=ROOT, check=True)
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(QuietHandler, directory=str(ROOT / "site"))
-    )
+    handler = partial(QuietHandler, directory=str(ROOT / "site"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -36,26 +36,21 @@ def site():
 @pytest.mark.parametrize(("width", "scheme"), [(830, "light"), (1366, "dark")])
 def test_every_page_is_whole_without_a_network(site, width, scheme):
     SCREENSHOTS.mkdir(exist_ok=True)
-    faults, outside = [], []
+    faults, requested = [], []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_OPTIONS)
+        browser = playwright.chromium.launch(**CHROMIUM)
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("requestfailed", lambda request: faults.append(request.url))
         page.on("response", lambda r: faults.append(r.url) if r.status >= 400 else None)
-        page.on(
-            "request",
-            lambda r: outside.append(r.url) if not r.url.startswith((site, "data:")) else None,
-        )
+        page.on("request", lambda request: requested.append(request.url))
         seen, to_see = set(), {f"{site}index.html"}
         while to_see:
             address = to_see.pop()
             seen.add(address)
             page.goto(address)
-            links = page.eval_on_selector_all(
-                "a[href]", "links => links.map(link => link.href.split('#')[0])"
-            )
+            links = page.eval_on_selector_all("a[href]", LINKS)
             to_see |= {link for link in links if link.startswith(site)} - seen
             # Nothing makes the page itself scroll sideways, and every picture has its text.
             assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -75,7 +70,7 @@ def test_every_page_is_whole_without_a_network(site, width, scheme):
             chain.append(page.url)
         browser.close()
     assert faults == []
-    assert outside == []
+    assert [url for url in requested if not url.startswith((site, "data:"))] == []
     assert set(chain) == seen
     places = [path.relative_to(ROOT).with_suffix(".html").as_posix() for path in NOTEBOOKS]
     assert {f"{site}{place}" for place in places} <= seen
