@@ -16,7 +16,7 @@ from mnist_utils.data import load_mnist
 from mnist_utils.digits import Canvas, draw, photograph, predict, read_picture, steps
 from mnist_utils.parameters import InputError
 
-PHOTOGRAPHS = 240
+PHOTOGRAPHS = 120
 
 
 @pytest.fixture

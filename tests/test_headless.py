@@ -667,7 +667,7 @@ def test_a_worker_that_joins_late_gets_its_share_and_an_unfit_one_nothing(
         late.append("took part")
 
     in_background(join_late)
-    tasks = make_tasks(["d"], {"seed": list(range(6)), "epochs": [8]})
+    tasks = make_tasks(["d"], {"seed": list(range(6)), "epochs": [4]})
     assert run_tasks(tasks, there.address) == []
     assert late[2:] == ["took part"]
     assert recorded(checkout / "runs") == [("d", seed) for seed in range(6)]
