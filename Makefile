@@ -57,7 +57,7 @@ $(LINKED): $(INSTALLED)
 run: setup
 	@$(BIN)/python -m mnist_utils run $(if $(MODELS),--models $(MODELS)) $(PARAMETERS)
 
-quick: EPOCHS = 3
+quick: EPOCHS = 4
 quick: BATCH_SIZE = 16
 quick: TRAIN_SAMPLES = 3000
 quick: DATASET = mnist-small
