@@ -47,6 +47,7 @@ COSTS = {"d": 12, "a2": 14, "a1": 17, "e": 30, "c": 90, "c7": 100, "b": 250}
 COMPARISON = "8_comparison"
 LOOPBACK = "127.0.0.1"
 STARTS = 3  # of a kernel that dies as it starts
+KERNEL_LOG = "kernel.log"  # what it writes to stderr outside cells
 PACKAGES = ("mnist-notebooks", "tensorflow", "keras", "numpy")
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 PATIENCE = 20.0  # seconds without a worker, until new ones are started here, or it is said
@@ -235,6 +236,11 @@ def _execute(
             env={name: value.replace("$", "$$") for name, value in environment.items()},
         )
 
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            # Not to the terminal: as it ends, it sometimes tells of its own closed sockets.
+            with Path(KERNEL_LOG).open("wb") as log:
+                await super().start_kernel(stderr=log, **options)
+
     def write(text: str) -> None:
         for line in text.splitlines():
             if re.match(r"Epoch +\d+/", line):  # as DynamicLossPlot writes, one an epoch
@@ -259,8 +265,11 @@ def _execute(
             )
             break
         except Exception as error:  # an error in a cell, a dead kernel, a full disk, ...
-            if start == STARTS or "died before replying to kernel_info" not in str(error):
+            if "died before replying to kernel_info" not in str(error):
                 return f"{first_line(error)}."
+            if start == STARTS:
+                said = Path(KERNEL_LOG).read_text(errors="replace").splitlines()
+                return " ".join(f"{first_line(part)}." for part in [error, *said[-1:]])
     return None
 
 

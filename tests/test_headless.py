@@ -434,7 +434,7 @@ def test_only_a_run_by_the_same_code_with_all_its_files_counts(checkout):
         assert task.finished_run()
 
 
-def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch):
+def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch, capfd):
     # As it does when another process takes the port that it was told.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib, sys\n"
@@ -443,6 +443,7 @@ def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch)
         "    with starts.open('a') as file:\n"
         "        file.write('.')\n"
         "    if starts.stat().st_size < int(os.environ['LIVES_AT']):\n"
+        "        print('No port.', file=sys.stderr, flush=True)\n"
         "        os._exit(1)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -455,7 +456,8 @@ def test_a_kernel_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch)
     executed = nbformat.reads(files["executed.ipynb"].decode(), 4)
     assert output_text(executed) == "ran $HOME '$$'\n"
     files, problem = run_notebook(code, {}, environment | {"LIVES_AT": "7"}, print, {})
-    assert "Kernel died before replying" in problem
+    assert problem == "Kernel died before replying to kernel_info. No port."
+    assert capfd.readouterr().err == ""
     assert (tmp_path / "starts").read_text() == 6 * "."
 
 
