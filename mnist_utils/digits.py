@@ -137,7 +137,7 @@ def _paper(rough: np.ndarray) -> np.ndarray:
     below = np.full(values.shape, True)
     for _ in range(4):  # a curved surface through the darkest 60 %: how the light falls
         kept = some[below]
-        surface = np.linalg.lstsq(kept.T @ kept, kept.T @ values[below])[0]
+        surface = np.linalg.lstsq(kept.T @ kept, kept.T @ values[below], rcond=None)[0]
         rest = values - some @ surface
         below = rest <= np.quantile(rest, 0.6)
     light = (terms @ surface).reshape(rough.shape)
