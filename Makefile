@@ -79,8 +79,9 @@ validate: setup
 		runs/validate/notebooks/*.ipynb
 	MNIST_UTILS_RESULTS=runs/validate/none $(NBVAL) notebooks/8_comparison.ipynb
 
+# Three, though there may be two cores: tests wait for kernels and workers.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 test-browser: setup
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
